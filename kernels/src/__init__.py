@@ -1,0 +1,1 @@
+"""Triton kernels of nps-compress. Importing a kernel module needs Triton; the form does not."""

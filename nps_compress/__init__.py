@@ -1,0 +1,99 @@
+"""Store fine-tunes of a shared base model as a few percent of their size.
+
+>>> import nps_compress
+>>> report = nps_compress.pack("base/", "finetuned/", "task.nps")  # doctest: +SKIP
+>>> nps_compress.unpack("base/", "task.nps", "rebuilt/")  # doctest: +SKIP
+
+Names are loaded when first used, so that importing the package costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nps_compress.errors import (
+        BaseMismatchError,
+        CalibrationError,
+        CheckpointError,
+        FormatError,
+        InvalidArgumentError,
+        NpsError,
+        OutputExistsError,
+        PickleRefusedError,
+        RecipeError,
+        SearchInterruptedError,
+        WriteError,
+    )
+    from nps_compress.inspection import inspect
+    from nps_compress.packing import PackReport, pack, search_recipe
+    from nps_compress.recipe import Recipe
+    from nps_compress.reconstruct import Task, rebuild
+    from nps_compress.unpacking import UnpackReport, VerifyReport, unpack, verify
+    from nps_compress.unpacking import open_task as open
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "BaseMismatchError": "errors",
+    "CalibrationError": "errors",
+    "CheckpointError": "errors",
+    "FormatError": "errors",
+    "InvalidArgumentError": "errors",
+    "NpsError": "errors",
+    "OutputExistsError": "errors",
+    "PackReport": "packing",
+    "PickleRefusedError": "errors",
+    "Recipe": "recipe",
+    "RecipeError": "errors",
+    "SearchInterruptedError": "errors",
+    "Task": "reconstruct",
+    "UnpackReport": "unpacking",
+    "VerifyReport": "unpacking",
+    "WriteError": "errors",
+    "inspect": "inspection",
+    "open": "unpacking.open_task",
+    "pack": "packing",
+    "rebuild": "reconstruct",
+    "search_recipe": "packing",
+    "unpack": "unpacking",
+    "verify": "unpacking",
+}
+
+__all__ = [
+    "BaseMismatchError",
+    "CalibrationError",
+    "CheckpointError",
+    "FormatError",
+    "InvalidArgumentError",
+    "NpsError",
+    "OutputExistsError",
+    "PackReport",
+    "PickleRefusedError",
+    "Recipe",
+    "RecipeError",
+    "SearchInterruptedError",
+    "Task",
+    "UnpackReport",
+    "VerifyReport",
+    "WriteError",
+    "inspect",
+    "open",
+    "pack",
+    "rebuild",
+    "search_recipe",
+    "unpack",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, _, attribute = _HOME[name].partition(".")
+    return getattr(import_module(f"{__name__}.{module}"), attribute or name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

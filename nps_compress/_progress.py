@@ -1,0 +1,22 @@
+"""Progress bars: on a terminal only, and only where asked for."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+from tqdm import tqdm
+
+
+@contextlib.contextmanager
+def bar(total: int, what: str, unit: str, show: bool) -> Iterator[Callable[..., None]]:
+    """A bar on standard error. Yields ``advance(note="")``, which counts one step."""
+    disable = None if show else True  # None: tqdm shows it on a terminal only
+    with tqdm(total=total, desc=what, unit=unit, disable=disable, leave=False) as progress:
+
+        def advance(note: str = "") -> None:
+            if note:
+                progress.set_postfix_str(note, refresh=False)
+            progress.update()
+
+        yield advance

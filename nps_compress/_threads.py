@@ -1,0 +1,46 @@
+"""Threads for work that runs without the GIL, with bounded memory."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def workers() -> int:
+    """One per core that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def bounded_map(
+    function: Callable[[T], R], items: Iterable[T], cost: Callable[[T], int], budget: int
+) -> Iterator[R]:
+    """Results in the order of ``items``, while the costs of unfinished ones stay within budget.
+
+    An item that alone exceeds the budget runs alone. What an item costs counts until its result
+    has been taken and the next one asked for.
+    """
+    pending: deque[tuple[Future[R], int]] = deque()
+    in_work = 0
+    with ThreadPoolExecutor(workers()) as pool:
+        try:
+            for item in items:
+                price = cost(item)
+                while pending and in_work + price > budget:
+                    future, paid = pending.popleft()
+                    yield future.result()
+                    in_work -= paid
+                pending.append((pool.submit(function, item), price))
+                in_work += price
+            while pending:
+                yield pending.popleft()[0].result()
+        finally:
+            for future, _ in pending:
+                future.cancel()

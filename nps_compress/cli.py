@@ -1,0 +1,417 @@
+"""The ``nps-compress`` command: parse, call the library, print."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from nps_compress import __version__
+from nps_compress.errors import NpsError, SearchInterruptedError
+
+if TYPE_CHECKING:
+    from nps_compress.recipe import Recipe
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _Interrupted(click.ClickException):
+    """As a failure, with the exit code of a process ended by Ctrl-C."""
+
+    exit_code = 130
+
+
+class _Group(click.Group):
+    """Turns the library's errors and Ctrl-C into one line and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SearchInterruptedError as error:
+            raise _Interrupted(str(error)) from None
+        except NpsError as error:
+            raise click.ClickException(str(error)) from None
+        except KeyboardInterrupt:
+            raise _Interrupted("interrupted; nothing was written") from None
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="nps-compress")
+def main() -> None:
+    """Store fine-tunes of a shared base model as a few percent of their size.
+
+    BASE and FINETUNED are a folder with safetensors weights, a .safetensors file, or a Hub id
+    that is in the local cache.
+
+    \b
+    Example:
+      nps-compress pack base/ finetuned/ -o task.nps
+      nps-compress unpack base/ task.nps -o rebuilt/
+    """
+
+
+def _out(what: str) -> Callable[[F], F]:
+    return click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help=what)
+
+
+_force = click.option("--force", is_flag=True, help="Overwrite the output.")
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+_task_argument = click.argument("task", type=click.Path(path_type=Path))
+
+
+def _recipe_options(function: F) -> F:
+    options = (
+        click.option(
+            "--density",
+            type=float,
+            default=0.05,
+            show_default=True,
+            help="Share of the weights kept, in (0, 1].",
+        ),
+        click.option(
+            "--prune",
+            type=click.Choice(["magnitude", "sampled"]),
+            default="magnitude",
+            show_default=True,
+            help="magnitude: keep the largest changes. sampled: keep each change with a "
+            "probability in proportion to its size, scaled so that the expectation is exact.",
+        ),
+        click.option(
+            "--scope",
+            type=click.Choice(["global", "tensor"]),
+            default="global",
+            show_default=True,
+            help="Rank changes over the whole model or within each tensor.",
+        ),
+        click.option(
+            "--fitness",
+            type=click.Choice(["kl", "loss", "accuracy"]),
+            default="kl",
+            show_default=True,
+            help="What the search maximises. kl: agreement with the fine-tune, needs no labels.",
+        ),
+        click.option(
+            "--subspaces",
+            type=int,
+            default=8,
+            show_default=True,
+            help="Magnitude subspaces, one searched coefficient each.",
+        ),
+        click.option(
+            "--cuts",
+            type=click.Choice(["tail", "equal"]),
+            default="tail",
+            show_default=True,
+            help="tail: subspaces that halve towards the largest changes. equal: of equal count.",
+        ),
+        click.option(
+            "--generations",
+            type=int,
+            default=30,
+            show_default=True,
+            help="CMA-ES generations.",
+        ),
+        click.option(
+            "--population",
+            type=int,
+            default=None,
+            help="Candidates a generation.  [default: 4 + 3 ln(subspaces)]",
+        ),
+        click.option(
+            "--seed", type=int, default=0, show_default=True, help="Seed of search and sampling."
+        ),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+@main.command()
+@click.argument("base")
+@click.argument("finetuned")
+@_out("The .nps file to write.")
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    help='JSONL with {"text": ..., "label": ...} a line; turns the search on.',
+)
+@_recipe_options
+@click.option(
+    "--recipe",
+    "recipe_path",
+    type=click.Path(path_type=Path),
+    help="Use the result of `nps-compress search`.",
+)
+@click.option("--lossless", is_flag=True, help="Keep every changed bit.")
+@_force
+@_json
+@click.pass_context
+def pack(
+    ctx: click.Context,
+    base: str,
+    finetuned: str,
+    output: Path,
+    calibration: Path | None,
+    recipe_path: Path | None,
+    lossless: bool,
+    force: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Pack FINETUNED into a .nps file that is small beside BASE.
+
+    \b
+    Example:
+      nps-compress pack base/ law/ -o law.nps
+      nps-compress pack base/ law/ -o law.nps --prune sampled --density 0.01
+      nps-compress pack base/ law/ -o law.nps --calibration law.jsonl
+    """
+    from nps_compress.packing import pack as run
+    from nps_compress.recipe import Recipe
+
+    _refuse_together(ctx, "--lossless", lossless, {*options, "calibration", "recipe_path"})
+    _refuse_together(ctx, "--recipe", recipe_path, {*options, "calibration"})
+    recipe = None
+    if recipe_path:
+        recipe = Recipe.read(recipe_path)
+    elif not lossless:
+        recipe = _recipe(options, searched=calibration is not None)
+    report = run(
+        base,
+        finetuned,
+        output,
+        recipe=recipe,
+        lossless=lossless,
+        calibration=calibration,
+        fitness=options["fitness"],
+        generations=options["generations"],
+        population=options["population"],
+        force=force,
+        progress=True,
+    )
+    if as_json:
+        _print_json(
+            {
+                **asdict(report),
+                "path": str(report.path),
+                "density": report.density,
+                "bits_per_param": report.bits_per_param,
+                "ratio": report.ratio,
+            }
+        )
+        return
+    click.echo(
+        f"{report.path}: {report.file_bytes:,} bytes, {report.bits_per_param:.4g} bits per "
+        f"parameter, {report.ratio:.1f}x smaller than the fine-tune; "
+        f"{report.nnz:,} of {report.total_params:,} weights kept ({report.density:.3%})"
+    )
+    if calibration is None and recipe_path is None and not lossless:
+        click.echo("no calibration data: nothing was searched, all coefficients are 1")
+    elif calibration is not None and report.recipe:
+        _print_search(report.recipe)
+
+
+@main.command()
+@click.argument("base")
+@click.argument("finetuned")
+@_out("The recipe (JSON) to write.")
+@click.option(
+    "--calibration",
+    required=True,
+    type=click.Path(path_type=Path),
+    help='JSONL with {"text": ..., "label": ...} a line.',
+)
+@_recipe_options
+@_force
+@_json
+def search(
+    base: str,
+    finetuned: str,
+    output: Path,
+    calibration: Path,
+    force: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Search the subspace coefficients alone; the recipe feeds `pack --recipe`.
+
+    Every evaluation is saved beside the output: after Ctrl-C the same command goes on.
+
+    \b
+    Example:
+      nps-compress search base/ law/ -o law.json --calibration law.jsonl
+      nps-compress pack base/ law/ -o law.nps --recipe law.json
+    """
+    from nps_compress.packing import search_recipe
+
+    recipe = search_recipe(
+        base,
+        finetuned,
+        calibration,
+        output,
+        _recipe(options, searched=True),
+        fitness=options["fitness"],
+        generations=options["generations"],
+        population=options["population"],
+        force=force,
+        progress=True,
+    )
+    if as_json:
+        _print_json(recipe.to_dict())
+    else:
+        click.echo(f"{output}: coefficients {', '.join(f'{c:.3f}' for c in recipe.coefficients)}")
+        _print_search(recipe)
+
+
+@main.command()
+@click.argument("base")
+@_task_argument
+@_out("The folder to write.")
+@click.option(
+    "--max-shard-size",
+    type=float,
+    default=5.0,
+    show_default=True,
+    help="Largest weight file, in GB (10^9 bytes).",
+)
+@_force
+@_json
+def unpack(
+    base: str, task: Path, output: Path, max_shard_size: float, force: bool, as_json: bool
+) -> None:
+    """Rebuild the fine-tune of TASK as a folder that from_pretrained loads.
+
+    \b
+    Example:
+      nps-compress unpack base/ law.nps -o law/
+    """
+    from nps_compress.unpacking import unpack as run
+
+    shard_bytes = int(max_shard_size * 1e9)
+    report = run(base, task, output, max_shard_bytes=shard_bytes, force=force, progress=True)
+    if as_json:
+        _print_json({**asdict(report), "path": str(report.path)})
+    else:
+        files = f" and {', '.join(report.files)}" if report.files else ""
+        click.echo(
+            f"{report.path}: {report.tensors} tensors, {report.nbytes:,} bytes of weights{files}; "
+            "every digest matched"
+        )
+
+
+@main.command()
+@click.argument("base")
+@_task_argument
+@_json
+def verify(base: str, task: Path, as_json: bool) -> None:
+    """Check all that TASK promises: its bytes, the whole BASE, every rebuilt tensor.
+
+    \b
+    Example:
+      nps-compress verify base/ law.nps
+    """
+    from nps_compress.unpacking import verify as run
+
+    names: list[str] = []
+    report = run(base, task, progress=True, on_tensor=lambda entry: names.append(entry.name))
+    if as_json:
+        _print_json({"ok": True, **asdict(report), "verified": names})
+    else:
+        click.echo(
+            f"{task}: ok: {report.base_tensors} base tensors match, {report.tensors} rebuilt "
+            f"tensors and {report.files} files have the digests they promise"
+        )
+
+
+@main.command()
+@_task_argument
+@_json
+def inspect(task: Path, as_json: bool) -> None:
+    """Show what a .nps file holds, tensor by tensor; needs no base.
+
+    \b
+    Example:
+      nps-compress inspect law.nps
+      nps-compress inspect law.nps --json | jq .bits_per_param
+    """
+    from nps_compress.inspection import inspect as run
+
+    found = run(task)
+    if as_json:
+        _print_json(found)
+        return
+    rows = [("tensor", "op", "dtype", "shape", "density", "bytes", "bits/param", "codecs")]
+    for tensor in found["tensors"]:
+        name, base_tensor = tensor["name"], tensor["base_tensor"]
+        if base_tensor not in (None, name):
+            name = f"{name} (from {base_tensor})"
+        rows.append(
+            (
+                name,
+                tensor["op"],
+                tensor["dtype"],
+                "x".join(map(str, tensor["shape"])) or "scalar",
+                f"{tensor['density']:.4f}",
+                f"{tensor['stored_bytes']:,}",
+                f"{tensor['bits_per_param']:.3f}",
+                "+".join(tensor["codecs"]),
+            )
+        )
+    _print_table(rows)
+    for file in found["files"]:
+        click.echo(f"file {file['name']}: {file['bytes']:,} bytes, from the {file['from']}")
+    click.echo(
+        f"{found['total_params']:,} parameters, {found['nnz']:,} kept (density "
+        f"{found['density']:.5f}), {found['file_bytes']:,} bytes, "
+        f"{found['bits_per_param']:.4g} bits per parameter"
+    )
+    click.echo(
+        f"base {found['base_name']}: {found['base_tensors']} tensors, root {found['base_root']}"
+    )
+
+
+def _recipe(options: dict[str, Any], searched: bool) -> Recipe:
+    from nps_compress.recipe import Recipe
+
+    plain = {name: options[name] for name in ("prune", "density", "scope", "seed")}
+    if not searched:
+        return Recipe(**plain)
+    return Recipe.with_subspaces(options["subspaces"], options["cuts"], **plain)
+
+
+def _refuse_together(ctx: click.Context, flag: str, given: object, others: set[str]) -> None:
+    """A choice that settles everything else must not silently override what was asked for."""
+    if not given:
+        return
+    for param in ctx.command.params:
+        source = ctx.get_parameter_source(param.name or "")
+        if param.name in others and source is click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"{param.opts[-1]} can't be used with {flag}")
+
+
+def _print_search(recipe: Recipe) -> None:
+    found = recipe.search
+    click.echo(
+        f"{found['fitness']} on calibration data: fine-tune {found['finetuned']:.5g}, all "
+        f"coefficients 1 {found['start']:.5g}, found {found['best']:.5g} "
+        f"in {found['evaluations']} evaluations"
+    )
+
+
+def _print_json(value: object) -> None:
+    click.echo(json.dumps(value, indent=2))
+
+
+def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        click.echo("  ".join(cells).rstrip())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,527 @@
+"""Mask and value streams of one chunk: positions and words to bytes, and back.
+
+A chunk is a run of elements of one tensor. Its *mask* says which positions are kept; its *values*
+say, with the base's word at each kept position, which word the fine-tune has there. Both are
+defined byte by byte in format_spec/SPEC.md. Decoding treats every stream as hostile.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import zstandard
+
+from nps_compress._jit import jit
+from nps_compress.dtypes import DType, Words
+from nps_compress.errors import FormatError
+
+Positions = npt.NDArray[np.uint32]  # ascending, within the chunk
+
+DEFAULT_LEVEL = 3
+_ZSTD_MAX_WINDOW = 1 << 23
+_GAP8_ESCAPE, _GAP16_ESCAPE = 0xFF, 0xFFFF
+# Outside these densities the other codec was never the smaller one on random masks.
+_BITMASK_FROM, _GAP8_UNTIL = 0.07, 0.15
+_GAP8_FROM, _GAP16_UNTIL = 0.002, 0.01
+
+
+class MaskCodec(IntEnum):
+    """How the positions kept in a chunk are stored."""
+
+    EMPTY = 0
+    FULL = 1
+    BITMASK = 2
+    GAP8 = 3
+    GAP16 = 4
+
+
+class ValueCodec(IntEnum):
+    """How the values at kept positions are stored. 16 to 31 are reserved for quantised values."""
+
+    NONE = 0
+    REPLACE = 1
+    XOR = 2
+    ULP = 3
+
+
+@dataclass(frozen=True)
+class EncodedChunk:
+    """The streams of one chunk as they are stored."""
+
+    nnz: int
+    mask_codec: MaskCodec
+    mask_raw_bytes: int
+    mask_compressed: bool
+    mask: bytes
+    planes_compressed: int  # bit i set: plane i is a zstd frame
+    planes: tuple[bytes, ...]  # least significant byte of each payload word first
+
+    @property
+    def data(self) -> bytes:
+        """Mask and planes, end to end."""
+        return self.mask + b"".join(self.planes)
+
+
+# -- zstd -------------------------------------------------------------------------------------
+
+
+class _Zstd(threading.local):
+    """Compressors and decompressors are not thread-safe: one of each per thread."""
+
+    def __init__(self) -> None:
+        self.compressors: dict[int, zstandard.ZstdCompressor] = {}
+        self.decompressor = zstandard.ZstdDecompressor()
+
+
+_zstd = _Zstd()
+
+
+def compress(data: bytes, level: int = DEFAULT_LEVEL) -> bytes:
+    """One zstd frame that states its content size, without checksum or dictionary id."""
+    compressor = _zstd.compressors.get(level)
+    if compressor is None:
+        compressor = zstandard.ZstdCompressor(
+            level=level, write_content_size=True, write_checksum=False, write_dict_id=False
+        )
+        _zstd.compressors[level] = compressor
+    return compressor.compress(data)
+
+
+def decompress(frame: bytes, expected_bytes: int, rule: str = "P-ZSTD") -> bytes:
+    """Undo :func:`compress`, allocating nothing before the frame is known to fit.
+
+    The only caller of the decompressor: the library's own limits do not bind where a frame states
+    its own size, ignore what follows a frame, and accept an empty result for a frame of size 0.
+
+    Raises:
+        FormatError: the frame is not exactly one frame of ``expected_bytes`` bytes.
+    """
+    try:
+        parameters = zstandard.get_frame_parameters(frame)
+    except zstandard.ZstdError as error:
+        raise FormatError(rule, f"not a zstd frame ({error})") from None
+    if expected_bytes == 0:
+        raise FormatError(rule, "an empty stream must be stored as no bytes")
+    if parameters.content_size != expected_bytes:
+        raise FormatError(
+            rule, f"zstd frame states {parameters.content_size} bytes, expected {expected_bytes}"
+        )
+    if parameters.dict_id or parameters.has_checksum or parameters.window_size > _ZSTD_MAX_WINDOW:
+        raise FormatError(rule, "zstd frame with a dictionary, a checksum or a window over 8 MiB")
+    try:
+        data = _zstd.decompressor.decompress(
+            frame, max_output_size=expected_bytes, allow_extra_data=False
+        )
+    except zstandard.ZstdError as error:
+        raise FormatError(rule, f"zstd frame does not decompress ({error})") from None
+    if len(data) != expected_bytes:
+        raise FormatError(rule, f"zstd frame held {len(data)} bytes, expected {expected_bytes}")
+    return data
+
+
+def compress_if_smaller(data: bytes, level: int = DEFAULT_LEVEL) -> tuple[bytes, bool]:
+    """The zstd frame and True, or ``data`` itself and False where that is no larger."""
+    if len(data) < 16:  # a frame's own header alone takes about that
+        return data, False
+    frame = compress(data, level)
+    return (frame, True) if len(frame) < len(data) else (data, False)
+
+
+# -- masks ------------------------------------------------------------------------------------
+
+
+class BitmaskCodec:
+    """One bit per element, least significant bit first; bits past the chunk's end are 0."""
+
+    id = MaskCodec.BITMASK
+
+    @staticmethod
+    def raw_bytes_range(numel: int, nnz: int) -> tuple[int, int]:
+        """The least and most bytes the stream can have."""
+        size = -(-numel // 8)
+        return size, size
+
+    @staticmethod
+    def encode(positions: Positions, numel: int) -> bytes:
+        """positions: [nnz] uint32, ascending -> the stream."""
+        bits = np.zeros(numel, np.uint8)
+        bits[positions] = 1
+        return np.packbits(bits, bitorder="little").tobytes()
+
+    @staticmethod
+    def decode(data: bytes, numel: int, nnz: int) -> Positions:
+        """The stream -> [nnz] uint32. Raises FormatError (P-POPCOUNT, P-TAIL)."""
+        positions = np.empty(nnz + 8, np.uint32)
+        stream = np.frombuffer(data, np.uint8)
+        _check_mask(_bitmask_decode(stream, numel, _BIT_COUNTS, _BIT_POSITIONS, positions))
+        return positions[:nnz]
+
+
+class Gap8Codec:
+    """One byte per kept position: how many were skipped before it; 255 skips 255 and goes on."""
+
+    id = MaskCodec.GAP8
+
+    @staticmethod
+    def raw_bytes_range(numel: int, nnz: int) -> tuple[int, int]:
+        """The least and most bytes the stream can have."""
+        return nnz, nnz + (numel - nnz) // _GAP8_ESCAPE
+
+    @staticmethod
+    def encode(positions: Positions, numel: int) -> bytes:
+        """positions: [nnz] uint32, ascending -> the stream."""
+        gaps, escapes = _gaps(positions, _GAP8_ESCAPE)
+        return _expand_gaps(gaps, escapes, np.uint8, _GAP8_ESCAPE).tobytes()
+
+    @staticmethod
+    def decode(data: bytes, numel: int, nnz: int) -> Positions:
+        """The stream -> [nnz] uint32. Raises FormatError (P-GAP, P-ESCAPE, P-POPCOUNT)."""
+        positions = np.empty(nnz, np.uint32)
+        _check_mask(_gap8_decode(np.frombuffer(data, np.uint8), numel, positions))
+        return positions
+
+
+class Gap16Codec:
+    """As gap8 with 16-bit gaps and escape 65,535; all low bytes come first, then all high bytes."""
+
+    id = MaskCodec.GAP16
+
+    @staticmethod
+    def raw_bytes_range(numel: int, nnz: int) -> tuple[int, int]:
+        """The least and most bytes the stream can have."""
+        return 2 * nnz, 2 * (nnz + (numel - nnz) // _GAP16_ESCAPE)
+
+    @staticmethod
+    def encode(positions: Positions, numel: int) -> bytes:
+        """positions: [nnz] uint32, ascending -> the stream."""
+        gaps, escapes = _gaps(positions, _GAP16_ESCAPE)
+        words = _expand_gaps(gaps, escapes, np.dtype("<u2"), _GAP16_ESCAPE)
+        return words.view(np.uint8).reshape(-1, 2).T.tobytes()
+
+    @staticmethod
+    def decode(data: bytes, numel: int, nnz: int) -> Positions:
+        """The stream -> [nnz] uint32. Raises FormatError (P-GAP, P-ESCAPE, P-POPCOUNT)."""
+        if len(data) % 2:
+            raise FormatError("C-MASKSIZE", f"gap16 stream of odd length {len(data)}")
+        planes = np.frombuffer(data, np.uint8).reshape(2, -1)
+        positions = np.empty(nnz, np.uint32)
+        _check_mask(_gap16_decode(planes[0], planes[1], numel, positions))
+        return positions
+
+
+MASK_CODECS: dict[MaskCodec, type[BitmaskCodec] | type[Gap8Codec] | type[Gap16Codec]] = {
+    codec.id: codec for codec in (BitmaskCodec, Gap8Codec, Gap16Codec)
+}
+
+
+def mask_raw_bytes_range(codec: MaskCodec, numel: Any, nnz: Any) -> tuple[Any, Any]:
+    """The least and most bytes a mask can have before compression; ints or int64 arrays alike."""
+    if codec in (MaskCodec.EMPTY, MaskCodec.FULL):
+        return 0, 0
+    return MASK_CODECS[codec].raw_bytes_range(numel, nnz)
+
+
+def decode_mask(codec: MaskCodec, data: bytes, numel: int, nnz: int) -> Positions | None:
+    """Kept positions of a chunk, ascending; None where all are kept. Raises FormatError (P-*)."""
+    if codec is MaskCodec.EMPTY:
+        return np.empty(0, np.uint32)
+    if codec is MaskCodec.FULL:
+        return None
+    return MASK_CODECS[codec].decode(data, numel, nnz)
+
+
+def encode_mask(
+    positions: Positions, numel: int, level: int = DEFAULT_LEVEL
+) -> tuple[MaskCodec, int, bytes, bool]:
+    """The smallest of the codecs that can win at this density: codec, raw bytes, stored, zstd?"""
+    nnz = len(positions)
+    if nnz == 0:
+        return MaskCodec.EMPTY, 0, b"", False
+    if nnz == numel:
+        return MaskCodec.FULL, 0, b"", False
+    density = nnz / numel
+    candidates: list[type[BitmaskCodec] | type[Gap8Codec] | type[Gap16Codec]] = []
+    if density < _GAP16_UNTIL:
+        candidates.append(Gap16Codec)
+    if _GAP8_FROM < density < _GAP8_UNTIL:
+        candidates.append(Gap8Codec)
+    if density > _BITMASK_FROM:
+        candidates.append(BitmaskCodec)
+    best: tuple[MaskCodec, int, bytes, bool] | None = None
+    for codec in candidates:
+        raw = codec.encode(positions, numel)
+        stored, compressed = compress_if_smaller(raw, level)
+        if best is None or len(stored) < len(best[2]):
+            best = (codec.id, len(raw), stored, compressed)
+    assert best is not None
+    return best
+
+
+def _gaps(
+    positions: Positions, escape: int
+) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32]]:
+    gaps = np.diff(positions.astype(np.int64), prepend=-1).astype(np.uint32) - 1
+    return gaps % escape, gaps // escape
+
+
+def _expand_gaps(
+    gaps: npt.NDArray[np.uint32],
+    escapes: npt.NDArray[np.uint32],
+    dtype: npt.DTypeLike,
+    escape: int,
+) -> npt.NDArray[np.unsignedinteger]:
+    ends = np.cumsum(escapes.astype(np.int64) + 1)
+    out = np.full(int(ends[-1]), escape, dtype)
+    out[ends - 1] = gaps
+    return out
+
+
+_OK, _BAD_POPCOUNT, _BAD_TAIL, _BAD_GAP, _BAD_ESCAPE = range(5)
+_MASK_FAULTS = {
+    _BAD_POPCOUNT: ("P-POPCOUNT", "mask keeps another number of elements than its record says"),
+    _BAD_TAIL: ("P-TAIL", "mask has bits set past the end of the chunk"),
+    _BAD_GAP: ("P-GAP", "mask runs past the end of the chunk"),
+    _BAD_ESCAPE: ("P-ESCAPE", "mask ends in an escape"),
+}
+
+
+def _check_mask(status: int) -> None:
+    if status != _OK:
+        raise FormatError(*_MASK_FAULTS[status])
+
+
+# The bits set in each byte, ascending, and how many: one look-up a byte and no branch a bit.
+_BIT_COUNTS = np.array([byte.bit_count() for byte in range(256)], np.int64)
+_BIT_POSITIONS = np.zeros((256, 8), np.uint32)
+for _byte in range(256):
+    _set = [bit for bit in range(8) if _byte >> bit & 1]
+    _BIT_POSITIONS[_byte, : len(_set)] = _set
+
+
+@jit
+def _bitmask_decode(data, numel, counts, table, positions):  # type: ignore[no-untyped-def]
+    room = positions.size - 8  # every byte writes eight positions, of which its count are kept
+    found = 0
+    for i in range(data.size):
+        if found > room:
+            return _BAD_POPCOUNT
+        byte = data[i]
+        for k in range(8):
+            positions[found + k] = np.uint32(8 * i) + table[byte, k]
+        found += counts[byte]
+    if found and positions[found - 1] >= numel:
+        return _BAD_TAIL
+    return _OK if found == room else _BAD_POPCOUNT
+
+
+@jit
+def _gap8_decode(data, numel, positions):  # type: ignore[no-untyped-def]
+    # Unsigned indices: numba would check signed ones for wrapping around.
+    found = np.uint64(0)
+    nnz = np.uint64(positions.size)
+    position = np.uint64(0)
+    for i in range(data.size):
+        gap = data[i]
+        position += np.uint64(gap)
+        if gap == 255:
+            continue
+        if position >= np.uint64(numel):
+            return _BAD_GAP
+        if found == nnz:
+            return _BAD_POPCOUNT
+        positions[found] = np.uint32(position)
+        found += np.uint64(1)
+        position += np.uint64(1)
+    if data.size and data[data.size - 1] == 255:
+        return _BAD_ESCAPE
+    return _OK if found == nnz else _BAD_POPCOUNT
+
+
+@jit
+def _gap16_decode(low, high, numel, positions):  # type: ignore[no-untyped-def]
+    found = np.uint64(0)
+    nnz = np.uint64(positions.size)
+    position = np.uint64(0)
+    for i in range(low.size):
+        gap = np.uint64(low[i]) | (np.uint64(high[i]) << np.uint64(8))
+        position += gap
+        if gap == 65535:
+            continue
+        if position >= np.uint64(numel):
+            return _BAD_GAP
+        if found == nnz:
+            return _BAD_POPCOUNT
+        positions[found] = np.uint32(position)
+        found += np.uint64(1)
+        position += np.uint64(1)
+    if low.size and low[low.size - 1] == 255 and high[high.size - 1] == 255:
+        return _BAD_ESCAPE
+    return _OK if found == nnz else _BAD_POPCOUNT
+
+
+# -- values -----------------------------------------------------------------------------------
+
+
+def payload_of(
+    codec: ValueCodec, base: Words | None, new: Words, dtype: DType
+) -> npt.NDArray[np.unsignedinteger]:
+    """What is stored for each kept element. base, new: [nnz] words of one width -> [nnz] words.
+
+    ``REPLACE``: the new word. ``XOR``: base ^ new. ``ULP``: both words are mapped to integers in
+    the order of the floats they stand for (:func:`_ordered`), subtracted, zigzagged, minus one.
+    """
+    if codec is ValueCodec.REPLACE or base is None:
+        return new
+    if codec is ValueCodec.XOR:
+        return base ^ new
+    signed = np.dtype(f"<i{dtype.itemsize}")
+    difference = (_ordered(new, dtype) - _ordered(base, dtype)).view(signed)
+    zigzag = (difference << 1) ^ (difference >> (8 * dtype.itemsize - 1))
+    return zigzag.view(dtype.word) - dtype.word.type(1)
+
+
+def _ordered(words: Words, dtype: DType) -> Words:
+    """Float words -> words whose two's complement order is the order of the floats; a bijection."""
+    bits = 8 * dtype.itemsize
+    magnitude_mask = dtype.word.type((1 << (bits - 1)) - 1)
+    negative = (words >> dtype.word.type(bits - 1)).astype(bool)
+    return np.where(negative, words ^ magnitude_mask, words)
+
+
+def apply_payload(
+    codec: ValueCodec,
+    planes: npt.NDArray[np.uint8],
+    positions: Positions | None,
+    out: Words,
+    dtype: DType,
+) -> None:
+    """Turn base words into the fine-tune's at the kept positions, in place.
+
+    planes: [itemsize, nnz] uint8, least significant byte first; positions: [nnz] uint32 or None
+    for all; out: [numel] words, holding the base's on entry.
+    """
+    if positions is None:
+        if codec is ValueCodec.REPLACE:
+            out.view(np.uint8).reshape(-1, dtype.itemsize)[:] = planes.T
+            return
+        positions = np.arange(out.size, dtype=np.uint32)
+    if dtype.itemsize == 2:
+        _apply16(int(codec), planes[0], planes[1], positions, out)
+    else:
+        bits = np.uint64(8 * dtype.itemsize)
+        _apply(int(codec), planes, positions, out, bits)
+
+
+@jit
+def _apply16(codec, low, high, positions, out):  # type: ignore[no-untyped-def]
+    # Words are widened to int32 with their sign: `x >> 31` is then all ones for a negative float.
+    low_bits = np.int32(0x7FFF)
+    for i in range(positions.size):
+        payload = np.uint16(low[i]) | (np.uint16(high[i]) << np.uint16(8))
+        position = positions[i]
+        if codec == 3:
+            zigzag = np.uint32(payload) + np.uint32(1)
+            step = (zigzag >> np.uint32(1)) ^ (np.uint32(0) - (zigzag & np.uint32(1)))
+            word = np.int32(np.int16(out[position]))
+            word ^= (word >> np.int32(31)) & low_bits
+            word = np.int32(np.int16(np.uint32(word) + step))
+            word ^= (word >> np.int32(31)) & low_bits
+            out[position] = np.uint16(word)
+        elif codec == 2:
+            out[position] ^= payload
+        else:
+            out[position] = payload
+
+
+@jit
+def _apply(codec, planes, positions, out, bits):  # type: ignore[no-untyped-def]
+    one = np.uint64(1)
+    top = bits - one
+    low_mask = (one << top) - one
+    full_mask = low_mask | (one << top)
+    for i in range(positions.size):
+        payload = np.uint64(0)
+        for plane in range(planes.shape[0]):
+            payload |= np.uint64(planes[plane, i]) << np.uint64(8 * plane)
+        position = positions[i]
+        word = np.uint64(out[position])
+        if codec == 3:
+            zigzag = (payload + one) & full_mask
+            step = zigzag >> one
+            if zigzag & one:
+                step ^= full_mask
+            if word >> top:
+                word ^= low_mask
+            word = (word + step) & full_mask
+            if word >> top:
+                word ^= low_mask
+        elif codec == 2:
+            word ^= payload
+        else:
+            word = payload
+        out[position] = word
+
+
+def encode_planes(
+    payload: npt.NDArray[np.unsignedinteger], level: int = DEFAULT_LEVEL
+) -> tuple[int, tuple[bytes, ...]]:
+    """Split words into byte planes, each a zstd frame where that is smaller. payload: [nnz]."""
+    compressed, planes = 0, []
+    for index, plane in enumerate(payload.view(np.uint8).reshape(-1, payload.itemsize).T):
+        stored, smaller = compress_if_smaller(plane.tobytes(), level)
+        compressed |= int(smaller) << index
+        planes.append(stored)
+    return compressed, tuple(planes)
+
+
+def decode_planes(stored: Sequence[bytes], compressed: int, nnz: int) -> npt.NDArray[np.uint8]:
+    """Stored planes -> [itemsize, nnz] uint8. Raises FormatError (P-ZSTD)."""
+    planes = np.empty((len(stored), nnz), np.uint8)
+    for index, data in enumerate(stored):
+        raw = decompress(data, nnz) if compressed >> index & 1 else data
+        planes[index] = np.frombuffer(raw, np.uint8)
+    return planes
+
+
+# -- chunks -----------------------------------------------------------------------------------
+
+
+def encode_chunk(
+    base: Words | None, new: Words, dtype: DType, codec: ValueCodec, level: int = DEFAULT_LEVEL
+) -> EncodedChunk:
+    """Encode what turns ``base`` into ``new``, [numel] words each; base None: keep all."""
+    if base is None:
+        positions = None
+        nnz = new.size
+        mask: tuple[MaskCodec, int, bytes, bool]
+        mask = (MaskCodec.FULL if nnz else MaskCodec.EMPTY, 0, b"", False)
+        kept_base, kept_new = None, new
+    else:
+        positions = np.flatnonzero(base != new).astype(np.uint32)
+        nnz = len(positions)
+        mask = encode_mask(positions, new.size, level)
+        kept_base, kept_new = base[positions], new[positions]
+    compressed, planes = encode_planes(payload_of(codec, kept_base, kept_new, dtype), level)
+    return EncodedChunk(nnz, mask[0], mask[1], mask[3], mask[2], compressed, planes)
+
+
+def best_value_codec(base: Words, new: Words, dtype: DType) -> ValueCodec:
+    """The value codec that stores this chunk in the fewest bytes. base, new: [numel] words."""
+    changed = np.flatnonzero(base != new)[: 1 << 16]
+    if not len(changed):
+        return ValueCodec.REPLACE
+    codecs = [ValueCodec.REPLACE, ValueCodec.XOR]
+    if dtype.is_float:
+        codecs.insert(0, ValueCodec.ULP)
+
+    def size(codec: ValueCodec) -> int:
+        _, planes = encode_planes(payload_of(codec, base[changed], new[changed], dtype))
+        return sum(map(len, planes))
+
+    return min(codecs, key=size)

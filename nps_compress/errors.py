@@ -1,0 +1,111 @@
+"""Every error this library raises on purpose.
+
+::
+
+    NpsError
+    ├── InvalidArgumentError      an option is out of its range
+    ├── CheckpointError           a base or fine-tuned checkpoint can't be used
+    │   └── PickleRefusedError    only pickled weights were found
+    ├── CalibrationError          calibration data can't be used
+    ├── RecipeError               a recipe or a saved search can't be used
+    ├── FormatError               a .nps file breaks a rule of format_spec/SPEC.md
+    ├── BaseMismatchError         the base is not the one the task was packed against
+    ├── OutputExistsError         the output is there already
+    ├── WriteError                the output can't be written (disk full, no permission)
+    └── SearchInterruptedError    the search was stopped; it can be resumed
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class NpsError(Exception):
+    """Base class of all errors of this library."""
+
+
+class InvalidArgumentError(NpsError, ValueError):
+    """An argument is out of its range."""
+
+    def __init__(self, name: str, received: object, expected: str) -> None:
+        self.name, self.received, self.expected = name, received, expected
+        super().__init__(f"{name} must be {expected}, received {received!r}")
+
+
+class CheckpointError(NpsError):
+    """A checkpoint can't be opened, read or paired."""
+
+    def __init__(self, path: Path | str, reason: str) -> None:
+        self.path, self.reason = path, reason
+        super().__init__(f"{path}: {reason}")
+
+
+class PickleRefusedError(CheckpointError):
+    """The checkpoint is stored as pickles, which run code when they are loaded."""
+
+    def __init__(self, path: Path | str, found: str) -> None:
+        self.found = found
+        super().__init__(
+            path,
+            f"holds pickled weights ({found}), which can run code when loaded; convert them with "
+            "model.save_pretrained(..., safe_serialization=True) and pass that folder",
+        )
+
+
+class CalibrationError(NpsError):
+    """Calibration data is missing, empty or malformed."""
+
+    def __init__(self, path: Path | str, reason: str, line: int | None = None) -> None:
+        self.path, self.reason, self.line = path, reason, line
+        super().__init__(f"{path}{'' if line is None else f', line {line}'}: {reason}")
+
+
+class RecipeError(NpsError):
+    """A recipe or the saved state of a search can't be used."""
+
+    def __init__(self, path: Path | str, reason: str) -> None:
+        self.path, self.reason = path, reason
+        super().__init__(f"{path}: {reason}")
+
+
+class FormatError(NpsError):
+    """A ``.nps`` file breaks a rule; ``rule`` is its id in format_spec/SPEC.md."""
+
+    def __init__(self, rule: str, detail: str, path: Path | str | None = None) -> None:
+        self.rule, self.detail, self.path = rule, detail, path
+        super().__init__(f"{'' if path is None else f'{path}: '}{detail} [{rule}]")
+
+
+class BaseMismatchError(NpsError):
+    """The base differs from the one the task was packed against; names the first difference."""
+
+    def __init__(self, base: Path | str, what: str, difference: str, made_from: str) -> None:
+        self.base, self.what, self.difference, self.made_from = base, what, difference, made_from
+        super().__init__(
+            f"{base} is not the base this task was made from ({made_from}): {what} {difference}"
+        )
+
+
+class OutputExistsError(NpsError):
+    """The output exists and overwriting was not asked for, or would lose other files."""
+
+    def __init__(self, path: Path | str, reason: str = "exists; pass --force to overwrite") -> None:
+        self.path, self.reason = path, reason
+        super().__init__(f"{path}: {reason}")
+
+
+class WriteError(NpsError):
+    """The operating system refused a write; nothing was left behind."""
+
+    def __init__(self, path: Path | str, reason: str) -> None:
+        self.path, self.reason = path, reason
+        super().__init__(f"{path}: can't be written: {reason}")
+
+
+class SearchInterruptedError(NpsError):
+    """The search was stopped; its state is on disk and the same command goes on from there."""
+
+    def __init__(self, state: Path | str | None, generation: int) -> None:
+        self.state, self.generation = state, generation
+        kept = f"; state kept in {state}, run the same command to resume" if state else ""
+        super().__init__(f"search interrupted after generation {generation}{kept}")

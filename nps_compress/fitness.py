@@ -1,0 +1,228 @@
+"""What a search maximises: how well a model does on calibration data.
+
+``kl``        agreement: minus the mean KL divergence from the fine-tune's own outputs (no labels)
+``loss``      minus the mean cross-entropy of the labels (classifiers) or next tokens (causal LMs)
+``accuracy``  share of labels predicted (classifiers)
+
+Calibration data is JSONL: ``{"text": "...", "label": 3}`` a line; the label, a class index or a
+name from the model's config, is only read by ``loss`` and ``accuracy`` of classifiers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch.nn import functional
+
+from nps_compress.errors import CalibrationError, CheckpointError, InvalidArgumentError
+
+FitnessName = Literal["kl", "loss", "accuracy"]
+FITNESSES: tuple[FitnessName, ...] = get_args(FitnessName)
+MAX_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of calibration data."""
+
+    text: str
+    label: int | str | None
+
+
+def read_jsonl(path: Path) -> list[Row]:
+    """Calibration data from JSONL. Raises CalibrationError with the number of a bad line."""
+    rows = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(path, str(error)) from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise CalibrationError(path, f"is not JSON ({error})", number) from None
+        if not isinstance(value, dict) or not isinstance(value.get("text"), str):
+            raise CalibrationError(path, 'needs an object with a string under "text"', number)
+        label = value.get("label")
+        if isinstance(label, bool) or not isinstance(label, int | str | None):
+            raise CalibrationError(path, f"label must be an int or a string: {label!r}", number)
+        rows.append(Row(value["text"], label))
+    if not rows:
+        raise CalibrationError(path, "holds no examples")
+    return rows
+
+
+def data_digest(rows: Sequence[Row]) -> str:
+    """SHA-256 of calibration data, to tell whether a saved search used the same."""
+    text = json.dumps([[row.text, row.label] for row in rows])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def device() -> torch.device:
+    """The CUDA device where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """inputs: what the model takes, [batch, tokens] each; labels: [batch] int64 or None."""
+
+    inputs: dict[str, torch.Tensor]
+    labels: torch.Tensor | None
+
+
+class Fitness:
+    """A model of the fine-tune's architecture and what it is scored on.
+
+    ``model`` starts as the fine-tune, in float32; its weights may then be overwritten between
+    calls of :meth:`score`.
+
+    Raises:
+        CheckpointError: the folder can't be loaded as a classifier or causal LM.
+        CalibrationError: labels are missing or unknown. InvalidArgumentError: unknown name.
+    """
+
+    def __init__(
+        self,
+        finetuned: Path,
+        rows: Sequence[Row],
+        name: FitnessName = "kl",
+        batch_size: int = 32,
+        source: Path | str = "calibration data",
+    ) -> None:
+        if name not in FITNESSES:
+            raise InvalidArgumentError("fitness", name, f"one of {', '.join(FITNESSES)}")
+        if not rows:
+            raise CalibrationError(source, "holds no examples")
+        self.name = name
+        self.source = source
+        self.model, tokenizer, self.is_classifier = load_model(finetuned)
+        if name == "accuracy" and not self.is_classifier:
+            raise InvalidArgumentError("fitness", name, "loss or kl for a causal LM")
+        self.model.to(device())
+        self._batches = self._batch(rows, tokenizer, batch_size)
+        self._reference = (
+            [self._log_probabilities(b) for b in self._batches] if name == "kl" else []
+        )
+
+    @torch.inference_mode()
+    def score(self) -> float:
+        """How good the model is with its present weights; higher is better."""
+        total, count = 0.0, 0
+        for index, batch in enumerate(self._batches):
+            found = self._log_probabilities(batch)  # [n, classes]
+            if self.name == "kl":
+                wanted = self._reference[index]
+                value = functional.kl_div(found, wanted, reduction="sum", log_target=True)
+                total -= float(value)
+            elif self.name == "loss":
+                total -= float(functional.nll_loss(found, self._targets(batch), reduction="sum"))
+            else:
+                total += float((found.argmax(-1) == self._targets(batch)).sum())
+            count += len(found)
+        if not count:
+            raise CalibrationError(self.source, "holds no text of two tokens or more")
+        return total / count
+
+    @torch.inference_mode()
+    def _log_probabilities(self, batch: _Batch) -> torch.Tensor:
+        """Of classes, [batch, classes], or of each next token, [tokens, vocabulary]."""
+        logits = self.model(**batch.inputs).logits.float()
+        if not self.is_classifier:
+            logits = logits[:, :-1][batch.inputs["attention_mask"][:, 1:].bool()]
+        return functional.log_softmax(logits, -1)
+
+    def _targets(self, batch: _Batch) -> torch.Tensor:
+        if batch.labels is not None:
+            return batch.labels
+        keep = batch.inputs["attention_mask"][:, 1:].bool()
+        return batch.inputs["input_ids"][:, 1:][keep]
+
+    def _batch(self, rows: Sequence[Row], tokenizer: Any, batch_size: int) -> list[_Batch]:
+        limit = min(tokenizer.model_max_length, MAX_TOKENS)
+        tokens = tokenizer([row.text for row in rows], truncation=True, max_length=limit)
+        labels = None
+        if self.is_classifier and self.name != "kl":
+            labels = [self._label(row, number) for number, row in enumerate(rows, 1)]
+        # Alike lengths share a batch, so that little is spent on padding.
+        order = sorted(range(len(rows)), key=lambda i: len(tokens["input_ids"][i]))
+        batches = []
+        for start in range(0, len(order), batch_size):
+            picked = order[start : start + batch_size]
+            features = {key: [tokens[key][i] for i in picked] for key in tokens}
+            inputs = tokenizer.pad(features, return_tensors="pt").to(device())
+            chosen = None
+            if labels is not None:
+                chosen = torch.tensor([labels[i] for i in picked], device=device())
+            batches.append(_Batch(dict(inputs), chosen))
+        return batches
+
+    def _label(self, row: Row, number: int) -> int:
+        names = self.model.config.label2id or {}
+        label = names.get(row.label) if isinstance(row.label, str) else row.label
+        if label is None or not 0 <= label < self.model.config.num_labels:
+            raise CalibrationError(
+                self.source,
+                f"example {number} has label {row.label!r}, the model knows "
+                f"{self.model.config.num_labels} classes",
+            )
+        return label
+
+
+def load_model(folder: Path) -> tuple[Any, Any, bool]:
+    """A model in float32 on the CPU, in eval mode, its tokenizer, and whether it classifies.
+
+    Raises:
+        CheckpointError: the folder holds no sequence classifier or causal LM with a tokenizer.
+    """
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+    )
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        architecture = (config.architectures or ["unknown"])[0]
+        is_classifier = architecture.endswith("ForSequenceClassification")
+        if not is_classifier and not architecture.endswith(("ForCausalLM", "LMHeadModel")):
+            raise CheckpointError(
+                folder, f"is a {architecture}; a fitness needs a sequence classifier or a causal LM"
+            )
+        auto = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
+        with quiet_transformers():
+            model = auto.from_pretrained(folder, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(folder, f"can't be loaded by transformers ({error})") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model.eval(), tokenizer, is_classifier
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep load reports and progress bars of transformers off the terminal for a while."""
+    from transformers.utils import logging as hf_logging
+
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity(logging.CRITICAL)
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()

@@ -1,0 +1,146 @@
+"""Byte geometry of a ``.nps`` file. The tables of format_spec/SPEC.md, as numpy records.
+
+File: header (64) | chunk data | index | footer (96), all little-endian.
+Index, once decompressed: head (64) | base records | tensor records | file records | chunk records
+| string heap | metadata.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from enum import IntEnum
+
+import numpy as np
+import numpy.typing as npt
+
+MAGIC = b"\x89NPS\r\n\x1a\n"
+MAGIC_REVERSED = MAGIC[::-1]
+MAJOR, MINOR = 1, 0
+
+CHUNK_ALIGNMENT = 8
+MIN_CHUNK_LOG2, MAX_CHUNK_LOG2 = 10, 24
+MAX_RANK = 8
+MAX_NAME_BYTES = 512
+MAX_NUMEL = 2**48
+MAX_RECORDS = 2**20  # of each of the base, tensor and file tables
+MAX_INDEX_BYTES = 2**30
+MAX_METADATA_BYTES = 2**20
+# Digests do not compress, so an honest index shrinks less than this; a bomb would shrink more.
+MAX_INDEX_RATIO, INDEX_RATIO_SLACK = 16, 2**16
+NO_BASE = 0xFFFFFFFF
+
+SUPPORTED_REQUIRED_FEATURES = 0
+
+
+class Op(IntEnum):
+    """How a tensor of the fine-tune comes to be."""
+
+    COPY = 1  # the bytes of a base tensor
+    DELTA = 2  # a base tensor with some elements changed
+    NEW = 3  # stored whole
+
+
+class IndexCompression(IntEnum):
+    """How the index is stored."""
+
+    RAW = 0
+    ZSTD = 1
+
+
+HEADER = np.dtype(
+    [
+        ("magic", "V8"),
+        ("major", "<u2"),
+        ("minor", "<u2"),
+        ("reserved0", "<u4"),
+        ("required_features", "<u8"),
+        ("optional_features", "<u8"),
+        ("reserved1", "V28"),
+        ("crc32", "<u4"),
+    ]
+)
+FOOTER = np.dtype(
+    [
+        ("index_offset", "<u8"),
+        ("index_stored_bytes", "<u8"),
+        ("index_raw_bytes", "<u8"),
+        ("file_bytes", "<u8"),
+        ("index_sha256", "V32"),
+        ("major", "<u2"),
+        ("minor", "<u2"),
+        ("index_compression", "u1"),
+        ("reserved", "V15"),
+        ("crc32", "<u4"),
+        ("magic_reversed", "V8"),
+    ]
+)
+INDEX_HEAD = np.dtype(
+    [
+        ("base_records", "<u4"),
+        ("tensor_records", "<u4"),
+        ("file_records", "<u4"),
+        ("reserved0", "<u4"),
+        ("chunk_records", "<u8"),
+        ("heap_bytes", "<u8"),
+        ("metadata_bytes", "<u8"),
+        ("reserved1", "V24"),
+    ]
+)
+BASE_RECORD = np.dtype(
+    [
+        ("name_bytes", "<u2"),
+        ("dtype", "u1"),
+        ("rank", "u1"),
+        ("reserved", "<u4"),
+        ("shape", "<u8", (MAX_RANK,)),
+        ("sha256", "u1", (32,)),
+    ]
+)
+TENSOR_RECORD = np.dtype(
+    [
+        ("name_bytes", "<u2"),
+        ("dtype", "u1"),
+        ("rank", "u1"),
+        ("op", "u1"),
+        ("value_codec", "u1"),
+        ("chunk_log2", "u1"),
+        ("reserved0", "u1"),
+        ("base_index", "<u4"),
+        ("reserved1", "<u4"),
+        ("shape", "<u8", (MAX_RANK,)),
+        ("sha256", "u1", (32,)),
+        ("reserved2", "u1", (16,)),
+    ]
+)
+CHUNK_RECORD = np.dtype(
+    [
+        ("mask_stored_bytes", "<u4"),
+        ("mask_raw_bytes", "<u4"),
+        ("nnz", "<u4"),
+        ("mask_codec", "u1"),
+        ("mask_compressed", "u1"),
+        ("planes_compressed", "u1"),
+        ("reserved", "u1"),
+        ("plane_stored_bytes", "<u4", (8,)),
+        ("sha256_64", "u1", (8,)),
+    ]
+)
+
+HEADER_BYTES, FOOTER_BYTES = HEADER.itemsize, FOOTER.itemsize
+MIN_FILE_BYTES = HEADER_BYTES + FOOTER_BYTES
+
+
+def stored_chunk_bytes(chunks: npt.NDArray[np.void]) -> npt.NDArray[np.int64]:
+    """Bytes each chunk takes before padding: its mask stream and its value planes. [n] int64."""
+    planes = chunks["plane_stored_bytes"].astype(np.int64).sum(axis=1)
+    return chunks["mask_stored_bytes"].astype(np.int64) + planes
+
+
+def aligned(size: int) -> int:
+    """``size`` rounded up to the chunk alignment."""
+    return -(-size // CHUNK_ALIGNMENT) * CHUNK_ALIGNMENT
+
+
+def sha256_64(data: bytes) -> bytes:
+    """The first 8 bytes of SHA-256, the check on a chunk's stored bytes."""
+    return hashlib.sha256(data).digest()[:8]

@@ -1,0 +1,74 @@
+"""The tables of an index as Python values."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from nps_compress.codecs import ValueCodec
+from nps_compress.dtypes import DType
+from nps_compress.format.layout import Op
+
+
+@dataclass(frozen=True)
+class BaseTensor:
+    """One tensor of the base: what identifies it. sha256 is of its little-endian bytes."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    sha256: bytes
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor (or side file) of the fine-tune.
+
+    ``base_index`` points into the base table where ``op`` is COPY or DELTA. ``sha256`` is of the
+    rebuilt bytes; for a copied tensor it is the base tensor's.
+    """
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    op: Op
+    value_codec: ValueCodec
+    chunk_log2: int
+    base_index: int | None
+    sha256: bytes
+    first_chunk: int = 0
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def chunk_count(self) -> int:
+        """Number of chunk records; the last chunk may be short, a copy has none."""
+        return 0 if self.op is Op.COPY else -(-self.numel >> self.chunk_log2)
+
+
+def base_root(base: Iterable[BaseTensor]) -> bytes:
+    """One SHA-256 over names, dtypes, shapes and digests of all base tensors, by name."""
+    digest = hashlib.sha256()
+    for tensor in sorted(base, key=lambda tensor: tensor.name.encode()):
+        name = tensor.name.encode()
+        rank = len(tensor.shape)
+        digest.update(struct.pack("<H", len(name)) + name)
+        digest.update(struct.pack(f"<BB{rank}Q", tensor.dtype.code, rank, *tensor.shape))
+        digest.update(tensor.sha256)
+    return digest.digest()
+
+
+def has_control_characters(text: str) -> bool:
+    """True for C0 and C1 control characters, which could drive a terminal."""
+    return any(ord(c) < 0x20 or 0x7F <= ord(c) < 0xA0 for c in text)
+
+
+def printable(text: str) -> str:
+    """Text from a file with everything that is not printable written as an escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

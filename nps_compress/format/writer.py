@@ -1,0 +1,170 @@
+"""Write a ``.nps`` file in one pass, tensor by tensor, with bounded memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import BinaryIO
+
+import numpy as np
+
+from nps_compress.codecs import EncodedChunk, MaskCodec, ValueCodec, compress_if_smaller
+from nps_compress.dtypes import BY_NAME
+from nps_compress.errors import InvalidArgumentError
+from nps_compress.format import layout
+from nps_compress.format.layout import IndexCompression, Op
+from nps_compress.format.records import BaseTensor, TensorEntry, has_control_characters
+
+_SMALL_INDEX_BYTES = 256  # below, an index that can be read in a hex dump is worth more
+
+FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+class NpsWriter:
+    """Appends tensors in ascending order of their UTF-8 names, then files, then the index.
+
+    The caller owns the stream (see :func:`nps_compress.atomic.atomic_file`): an unfinished file
+    has no footer and can't be taken for a whole one.
+    """
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._offset = layout.HEADER_BYTES
+        self._tensors: list[TensorEntry] = []
+        self._files: list[TensorEntry] = []
+        self._chunks: list[bytes] = []
+        header = np.zeros((), layout.HEADER)
+        header["magic"] = np.void(layout.MAGIC)
+        header["major"], header["minor"] = layout.MAJOR, layout.MINOR
+        header["crc32"] = zlib.crc32(header.tobytes()[:-4])
+        stream.write(header.tobytes())
+
+    def add_chunks(self, chunks: Iterable[EncodedChunk]) -> int:
+        """Write chunks of the tensor that the next ``add_tensor`` names. Returns bytes written."""
+        start = self._offset
+        for chunk in chunks:
+            data = chunk.data
+            record = np.zeros((), layout.CHUNK_RECORD)
+            record["mask_stored_bytes"] = len(chunk.mask)
+            record["mask_raw_bytes"] = chunk.mask_raw_bytes
+            record["nnz"] = chunk.nnz
+            record["mask_codec"] = chunk.mask_codec
+            record["mask_compressed"] = chunk.mask_compressed
+            record["planes_compressed"] = chunk.planes_compressed
+            record["plane_stored_bytes"][: len(chunk.planes)] = [len(p) for p in chunk.planes]
+            record["sha256_64"] = np.frombuffer(layout.sha256_64(data), np.uint8)
+            self._chunks.append(record.tobytes())
+            padded = layout.aligned(len(data))
+            self._stream.write(data + bytes(padded - len(data)))
+            self._offset += padded
+        return self._offset - start
+
+    def add_tensor(self, entry: TensorEntry) -> None:
+        """Record a tensor whose chunks have been written."""
+        check_name(entry.name)
+        self._tensors.append(entry)
+
+    def add_file(self, name: str, data: bytes) -> None:
+        """Store a small side file (config, tokenizer) whole."""
+        chunk_log2 = layout.MAX_CHUNK_LOG2
+        words = np.frombuffer(data, np.uint8)
+        for start in range(0, len(data), 1 << chunk_log2):
+            part = words[start : start + (1 << chunk_log2)]
+            stored, smaller = compress_if_smaller(part.tobytes(), level=19)
+            self.add_chunks(
+                [EncodedChunk(len(part), MaskCodec.FULL, 0, False, b"", smaller, (stored,))]
+            )
+        self._add_file(name, Op.NEW, len(data), hashlib.sha256(data).digest(), chunk_log2)
+
+    def add_base_file(self, name: str, data: bytes) -> None:
+        """Record that a side file is the base's, by size and digest."""
+        self._add_file(name, Op.COPY, len(data), hashlib.sha256(data).digest(), 0)
+
+    def _add_file(self, name: str, op: Op, size: int, sha256: bytes, chunk_log2: int) -> None:
+        if not FILE_NAME.fullmatch(name):
+            raise InvalidArgumentError("file name", name, "letters, digits, dot, dash, underscore")
+        codec = ValueCodec.REPLACE if op is Op.NEW else ValueCodec.NONE
+        self._files.append(
+            TensorEntry(name, BY_NAME["U8"], (size,), op, codec, chunk_log2, None, sha256)
+        )
+
+    def finish(self, base: Sequence[BaseTensor], metadata: Mapping[str, str]) -> int:
+        """Write index and footer. Returns the size of the file in bytes."""
+        raw = self._index(base, metadata)
+        stored, compressed = raw, False
+        if len(raw) > _SMALL_INDEX_BYTES:
+            stored, compressed = compress_if_smaller(raw, level=19)
+        if len(raw) > layout.MAX_INDEX_RATIO * len(stored) + layout.INDEX_RATIO_SLACK:
+            stored, compressed = raw, False
+        footer = np.zeros((), layout.FOOTER)
+        footer["index_offset"] = self._offset
+        footer["index_stored_bytes"] = len(stored)
+        footer["index_raw_bytes"] = len(raw)
+        footer["file_bytes"] = self._offset + len(stored) + layout.FOOTER_BYTES
+        footer["index_sha256"] = np.void(hashlib.sha256(stored).digest())
+        footer["major"], footer["minor"] = layout.MAJOR, layout.MINOR
+        footer["index_compression"] = IndexCompression.ZSTD if compressed else IndexCompression.RAW
+        footer["crc32"] = zlib.crc32(footer.tobytes()[:-12])
+        footer["magic_reversed"] = np.void(layout.MAGIC_REVERSED)
+        self._stream.write(stored + footer.tobytes())
+        return int(footer["file_bytes"])
+
+    def _index(self, base: Sequence[BaseTensor], metadata: Mapping[str, str]) -> bytes:
+        names = [
+            record.name for records in (base, self._tensors, self._files) for record in records
+        ]
+        heap = "".join(names).encode()
+        meta = json.dumps(
+            dict(metadata), ensure_ascii=False, sort_keys=True, separators=(",", ":")
+        ).encode()
+        if len(meta) > layout.MAX_METADATA_BYTES:
+            raise InvalidArgumentError("metadata", f"{len(meta)} bytes", "at most 1 MiB of JSON")
+        head = np.zeros((), layout.INDEX_HEAD)
+        head["base_records"], head["tensor_records"] = len(base), len(self._tensors)
+        head["file_records"], head["chunk_records"] = len(self._files), len(self._chunks)
+        head["heap_bytes"], head["metadata_bytes"] = len(heap), len(meta)
+        return b"".join(
+            (
+                head.tobytes(),
+                b"".join(_base_record(tensor) for tensor in base),
+                b"".join(_tensor_record(entry, is_file=False) for entry in self._tensors),
+                b"".join(_tensor_record(entry, is_file=True) for entry in self._files),
+                b"".join(self._chunks),
+                heap,
+                meta,
+            )
+        )
+
+
+def check_name(name: str) -> None:
+    """Raise InvalidArgumentError for a tensor name that a reader would refuse."""
+    size = len(name.encode())
+    if not 0 < size <= layout.MAX_NAME_BYTES or has_control_characters(name):
+        raise InvalidArgumentError(
+            "tensor name", name, f"1 to {layout.MAX_NAME_BYTES} bytes without control characters"
+        )
+
+
+def _base_record(tensor: BaseTensor) -> bytes:
+    check_name(tensor.name)
+    record = np.zeros((), layout.BASE_RECORD)
+    record["name_bytes"] = len(tensor.name.encode())
+    record["dtype"], record["rank"] = tensor.dtype.code, len(tensor.shape)
+    record["shape"][: len(tensor.shape)] = tensor.shape
+    record["sha256"] = np.frombuffer(tensor.sha256, np.uint8)
+    return record.tobytes()
+
+
+def _tensor_record(entry: TensorEntry, is_file: bool) -> bytes:
+    record = np.zeros((), layout.TENSOR_RECORD)
+    record["name_bytes"] = len(entry.name.encode())
+    record["dtype"], record["rank"], record["op"] = entry.dtype.code, len(entry.shape), entry.op
+    record["value_codec"], record["chunk_log2"] = entry.value_codec, entry.chunk_log2
+    record["base_index"] = layout.NO_BASE if entry.base_index is None else entry.base_index
+    record["shape"][: len(entry.shape)] = entry.shape
+    if is_file or entry.op is not Op.COPY:
+        record["sha256"] = np.frombuffer(entry.sha256, np.uint8)
+    return record.tobytes()

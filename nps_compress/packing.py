@@ -1,0 +1,311 @@
+"""Pack a fine-tune into a ``.nps`` file: select, encode, write, one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nps_compress import __version__
+from nps_compress._progress import bar
+from nps_compress._threads import bounded_map
+from nps_compress.atomic import atomic_file, refuse_existing
+from nps_compress.candidates import SLICE, Pruner, find_coefficients
+from nps_compress.checkpoint import Checkpoint, Pair, open_checkpoint, pair
+from nps_compress.codecs import EncodedChunk, ValueCodec, best_value_codec, encode_chunk
+from nps_compress.dtypes import DType, Words, digest
+from nps_compress.errors import InvalidArgumentError
+from nps_compress.format.layout import MAX_CHUNK_LOG2, MIN_CHUNK_LOG2, Op
+from nps_compress.format.records import BaseTensor, TensorEntry, base_root
+from nps_compress.format.writer import NpsWriter, check_name
+from nps_compress.prune import Selection
+from nps_compress.recipe import Recipe
+from nps_compress.reconstruct import BASE_NAME_KEY
+
+# Side files up to this size are stored even where the base has the same: a config is often
+# rewritten when a base is saved again, a vocabulary hardly ever.
+ALWAYS_STORED_BYTES = 16 * 1024
+_MEMORY_SLACK = 256 << 20
+_KEPT_PER_CHUNK = 16384  # enough that a frame's header and a record cost under 1 %
+_NEW_CHUNK_LOG2 = 20
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """What was packed. ``density`` counts kept elements among all of the fine-tune's."""
+
+    path: Path
+    file_bytes: int
+    total_params: int
+    nnz: int
+    finetuned_bytes: int
+    base_root: str
+    recipe: Recipe | None
+
+    @property
+    def density(self) -> float:
+        """Share of the fine-tune's elements that the file holds."""
+        return self.nnz / self.total_params if self.total_params else 0.0
+
+    @property
+    def bits_per_param(self) -> float:
+        """Bits of file per element of the fine-tune."""
+        return 8 * self.file_bytes / self.total_params if self.total_params else 0.0
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller than the fine-tune's weights."""
+        return self.finetuned_bytes / self.file_bytes
+
+
+def search_recipe(
+    base: str | Path,
+    finetuned: str | Path,
+    calibration: str | Path,
+    out: str | Path,
+    recipe: Recipe,
+    *,
+    fitness: str = "kl",
+    generations: int = 30,
+    population: int | None = None,
+    force: bool = False,
+    progress: bool = False,
+) -> Recipe:
+    """Search the coefficients of ``recipe`` and save the result at ``out``.
+
+    The state is kept beside ``out`` while the search runs; the same call resumes it.
+
+    Raises:
+        OutputExistsError, CheckpointError, CalibrationError, InvalidArgumentError, RecipeError,
+        SearchInterruptedError, WriteError.
+    """
+    out = Path(out)
+    refuse_existing(out, force)
+    pair_ = pair(open_checkpoint(base), open_checkpoint(finetuned))
+    pruner = _counted(pair_, recipe, progress)
+    state = search_state(out)
+    found = _search(pruner, Path(calibration), fitness, generations, population, state, progress)
+    found.write(out, force)
+    state.unlink(missing_ok=True)
+    return found
+
+
+def search_state(out: Path) -> Path:
+    """Where the state of a search whose result goes to ``out`` is kept."""
+    return out.with_name(out.name + ".search.json")
+
+
+def pack(
+    base: str | Path,
+    finetuned: str | Path,
+    out: str | Path,
+    *,
+    recipe: Recipe | None = None,
+    lossless: bool = False,
+    calibration: str | Path | None = None,
+    fitness: str = "kl",
+    generations: int = 30,
+    population: int | None = None,
+    force: bool = False,
+    progress: bool = False,
+) -> PackReport:
+    """Write ``out``, a ``.nps`` file that turns ``base`` into (nearly) ``finetuned``.
+
+    base, finetuned: folder, ``.safetensors`` file, or Hub id in the local cache. ``recipe`` says
+    what is kept (default: the largest 5 % of magnitudes); with ``calibration`` its coefficients
+    are searched first; ``lossless`` keeps every changed bit instead. Tensors that only the
+    fine-tune has, or whose shape or kind rules pruning out, are kept exactly.
+
+    Raises:
+        OutputExistsError, CheckpointError, CalibrationError, InvalidArgumentError, RecipeError,
+        SearchInterruptedError, WriteError.
+    """
+    out = Path(out)
+    refuse_existing(out, force)
+    if lossless and (recipe is not None or calibration is not None):
+        raise InvalidArgumentError("lossless", True, "used without recipe and calibration")
+    pair_ = pair(open_checkpoint(base), open_checkpoint(finetuned))
+    for name in (*pair_.base.tensors, *pair_.finetuned.tensors):
+        check_name(name)
+    pruner, state = None, search_state(out)
+    if not lossless:
+        pruner = _counted(pair_, recipe or Recipe(), progress)
+        if calibration is not None:
+            pruner.recipe = _search(
+                pruner, Path(calibration), fitness, generations, population, state, progress
+            )
+    report = _write(pair_, pruner, out, force, progress)
+    if calibration is not None:
+        state.unlink(missing_ok=True)
+    return report
+
+
+def _counted(pair_: Pair, recipe: Recipe, progress: bool) -> Pruner:
+    pruner = Pruner(pair_, recipe)
+    with bar(len(pair_.base_of), "reading", "tensor", progress) as advance:
+        pruner.count(_budget(pair_), advance)
+    return pruner
+
+
+def _search(
+    pruner: Pruner,
+    calibration: Path,
+    name: str,
+    generations: int,
+    population: int | None,
+    state: Path,
+    progress: bool,
+) -> Recipe:
+    from nps_compress.fitness import FITNESSES, Fitness, data_digest, read_jsonl
+    from nps_compress.search import Progress, population_size
+
+    rows = read_jsonl(calibration)
+    if name not in FITNESSES:
+        raise InvalidArgumentError("fitness", name, f"one of {', '.join(FITNESSES)}")
+    fitness = Fitness(pruner.pair.finetuned.path, rows, name, source=calibration)
+    size = population or population_size(len(pruner.recipe.coefficients))
+    with bar(1 + generations * size, "searching", "candidate", progress) as advance:
+
+        def show(now: Progress) -> None:
+            advance(f"generation {now.generation}/{generations}, best {name} {now.best:.5g}")
+
+        return find_coefficients(
+            pruner, fitness, generations, population, state, data_digest(rows), show
+        )
+
+
+def _budget(pair_: Pair) -> int:
+    largest = max(tensor.nbytes for tensor in pair_.finetuned.tensors.values())
+    return 3 * largest + _MEMORY_SLACK
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    entry: TensorEntry
+    chunks: list[EncodedChunk]
+    base: BaseTensor | None
+
+
+def _write(
+    pair_: Pair, pruner: Pruner | None, out: Path, force: bool, progress: bool
+) -> PackReport:
+    base, finetuned = pair_.base, pair_.finetuned
+    base_index = {name: index for index, name in enumerate(base.tensors)}
+    selection = pruner.selection() if pruner else None
+    prunable = set(pruner.names) if pruner else set()
+
+    def encode(name: str) -> _Encoded:
+        return _encode(pair_, name, pruner if name in prunable else None, selection, base_index)
+
+    metadata = {BASE_NAME_KEY: base.name, "finetuned_name": finetuned.name}
+    metadata["tool"] = f"nps-compress {__version__}"
+    if pruner:
+        metadata["recipe"] = json.dumps(pruner.recipe.to_dict())
+    nnz, known = 0, {}
+    with atomic_file(out, force) as stream:
+        writer = NpsWriter(stream)
+        with bar(len(finetuned.tensors), "packing", "tensor", progress) as advance:
+            for encoded in bounded_map(
+                encode,
+                finetuned.tensors,
+                lambda name: 3 * finetuned.tensors[name].nbytes,
+                _budget(pair_),
+            ):
+                writer.add_chunks(encoded.chunks)
+                writer.add_tensor(encoded.entry)
+                nnz += sum(chunk.nnz for chunk in encoded.chunks)
+                if encoded.base:
+                    known[encoded.base.name] = encoded.base
+                advance()
+        for name, data, from_base in _side_files(base, finetuned):
+            if from_base:
+                writer.add_base_file(name, data)
+            else:
+                writer.add_file(name, data)
+        table = [known.get(name) or _identify(base, name, base.read(name)) for name in base.tensors]
+        file_bytes = writer.finish(table, metadata)
+    return PackReport(
+        out,
+        file_bytes,
+        finetuned.total_params,
+        nnz,
+        sum(tensor.nbytes for tensor in finetuned.tensors.values()),
+        base_root(table).hex(),
+        pruner.recipe if pruner else None,
+    )
+
+
+def _encode(
+    pair_: Pair,
+    name: str,
+    pruner: Pruner | None,
+    selection: Selection | None,
+    base_index: dict[str, int],
+) -> _Encoded:
+    stored = pair_.finetuned.tensors[name]
+    base_name = pair_.base_of.get(name)
+    base_dtype = pair_.base.tensors[base_name].dtype if base_name else None
+    if base_name is None or (pruner is None and base_dtype != stored.dtype):
+        return _encode_new(name, stored.dtype, stored.shape, pair_.finetuned.read(name))
+    assert base_dtype is not None
+    if pruner:
+        loaded = pruner.load(name)
+        before, after = loaded[0], pruner.prune(name, loaded, selection)
+    else:
+        before, after = pair_.base.read(base_name), pair_.finetuned.read(name)
+    identity = _identify(pair_.base, base_name, before)
+    changed = sum(
+        int(np.count_nonzero(before[start : start + SLICE] != after[start : start + SLICE]))
+        for start in range(0, before.size, SLICE)
+    )
+    op, codec, chunk_log2, chunks = Op.COPY, ValueCodec.NONE, 0, []
+    if changed:
+        op, chunk_log2 = Op.DELTA, _chunk_log2(before.size, changed)
+        size = 1 << chunk_log2
+        parts = [slice(start, start + size) for start in range(0, before.size, size)]
+        middle = parts[len(parts) // 2]
+        codec = best_value_codec(before[middle], after[middle], base_dtype)
+        chunks = [encode_chunk(before[part], after[part], base_dtype, codec) for part in parts]
+    sha256 = digest(after)
+    entry = TensorEntry(
+        name, base_dtype, stored.shape, op, codec, chunk_log2, base_index[base_name], sha256
+    )
+    return _Encoded(entry, chunks, identity)
+
+
+def _encode_new(name: str, dtype: DType, shape: tuple[int, ...], words: Words) -> _Encoded:
+    size = 1 << _NEW_CHUNK_LOG2
+    chunks = [
+        encode_chunk(None, words[start : start + size], dtype, ValueCodec.REPLACE)
+        for start in range(0, words.size, size)
+    ]
+    sha256 = digest(words)
+    entry = TensorEntry(
+        name, dtype, shape, Op.NEW, ValueCodec.REPLACE, _NEW_CHUNK_LOG2, None, sha256
+    )
+    return _Encoded(entry, chunks, None)
+
+
+def _identify(base: Checkpoint, name: str, words: Words) -> BaseTensor:
+    tensor = base.tensors[name]
+    return BaseTensor(name, tensor.dtype, tensor.shape, digest(words))
+
+
+def _chunk_log2(numel: int, changed: int) -> int:
+    """Chunks that keep about ``_KEPT_PER_CHUNK`` elements, within 2^18 to 2^22."""
+    wanted = math.ceil(math.log2(_KEPT_PER_CHUNK * numel / changed))
+    needed = max(MIN_CHUNK_LOG2, math.ceil(math.log2(numel))) if numel > 1 else MIN_CHUNK_LOG2
+    return min(max(wanted, 18), 22, needed, MAX_CHUNK_LOG2)
+
+
+def _side_files(base: Checkpoint, finetuned: Checkpoint) -> Iterator[tuple[str, bytes, bool]]:
+    """Side files of the fine-tune by name: content, and whether the base's is to be used."""
+    for name in sorted(finetuned.side_files):
+        data = finetuned.side_files[name].read_bytes()
+        other = base.side_files.get(name)
+        same = len(data) > ALWAYS_STORED_BYTES and other is not None and other.read_bytes() == data
+        yield name, data, same

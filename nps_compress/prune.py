@@ -1,0 +1,255 @@
+"""Which elements of a task vector survive, and at which value. Pure functions.
+
+The coefficients scale magnitude subspaces (NPS, arXiv 2505.18713, eq. 2); a rule then selects from
+the reweighted task vector. Two rules:
+
+``magnitude``
+    keep the largest magnitudes (eq. 4), at their reweighted value.
+``sampled``
+    keep each element with probability p = min(1, |t| / step), at t / p, that is at +-step where
+    p < 1: unbiased, and of least variance for the expected number kept. Also known as stochastic
+    rounding of t to {0, +-step}.
+
+Draws come from a counter: (seed, tensor name, position) fix the outcome, whatever the chunking.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from nps_compress._jit import jit
+from nps_compress.dtypes import DType, Words, round_float32, to_float32
+from nps_compress.errors import InvalidArgumentError
+from nps_compress.task_vector import KEYS, Histogram, key_of, subspace_edges
+
+Rule = Literal["magnitude", "sampled"]
+RULES: tuple[Rule, ...] = get_args(Rule)
+Cuts = Literal["tail", "equal"]
+CUTS: tuple[Cuts, ...] = get_args(Cuts)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A rule made concrete for one ranking: apply it with :func:`prune`.
+
+    subspace_of: [KEYS] uint8, factors: [M] float32. ``magnitude``: keys above ``boundary[m]`` are
+    kept, those at it with probability ``tie_share``. ``sampled``: see ``step``.
+    """
+
+    rule: Rule
+    subspace_of: npt.NDArray[np.uint8]
+    factors: npt.NDArray[np.float32]
+    boundary: npt.NDArray[np.int64]
+    tie_share: float
+    step: float
+
+
+def top_shares(subspaces: int, density: float, cuts: Cuts) -> tuple[float, ...]:
+    """Where to cut the magnitude ranking, as shares of the largest elements, descending.
+
+    ``equal``: subspaces of equal count, the paper's. ``tail``: the top shares halve from one
+    subspace to the next, centred on the density, so that the budget reaches into each of them.
+    """
+    if subspaces < 1 or subspaces > 64:
+        raise InvalidArgumentError("subspaces", subspaces, "from 1 to 64")
+    if cuts == "equal":
+        return tuple(1 - m / subspaces for m in range(1, subspaces))
+    widest = min(0.5, density * 2 ** ((subspaces - 1) // 2))
+    return tuple(widest / 2**m for m in range(subspaces - 1))
+
+
+def check_density(density: float) -> None:
+    """Raise InvalidArgumentError unless 0 < density <= 1."""
+    if not 0 < density <= 1:
+        raise InvalidArgumentError("density", density, "in (0, 1]")
+
+
+def plan(
+    histogram: Histogram,
+    rule: Rule,
+    density: float,
+    shares: Sequence[float] = (),
+    coefficients: Sequence[float] = (1.0,),
+) -> Selection:
+    """Find the threshold or step at which ``density`` of all elements is kept, without a sort.
+
+    coefficients: one positive factor per subspace, len(shares) + 1 of them.
+
+    Raises:
+        InvalidArgumentError: density, coefficients or shares out of range.
+    """
+    check_density(density)
+    if len(coefficients) != len(shares) + 1:
+        raise InvalidArgumentError(
+            "coefficients", list(coefficients), f"{len(shares) + 1} numbers, one per subspace"
+        )
+    if not all(math.isfinite(c) and c > 0 for c in coefficients):
+        raise InvalidArgumentError("coefficients", list(coefficients), "positive and finite")
+    starts = (0, *subspace_edges(histogram, shares))
+    subspace_of = np.zeros(KEYS, np.uint8)
+    for m, start in enumerate(starts):
+        subspace_of[start:] = m
+    factors = np.array(coefficients, np.float32)
+    boundary, tie_share, step = np.zeros(len(starts), np.int64), 0.0, 0.0
+    if rule == "magnitude":
+        boundary, tie_share = _threshold(histogram, density, starts, coefficients)
+    else:
+        step = _step(histogram, density, starts, coefficients)
+    return Selection(rule, subspace_of, factors, boundary, tie_share, step)
+
+
+def prune(
+    selection: Selection,
+    base: Words,
+    dtype: DType,
+    finetuned: Words,
+    finetuned_dtype: DType,
+    seed: int,
+    start: int = 0,
+) -> Words:
+    """Words of base + selected task vector, rounded to nearest even; the base's where dropped.
+
+    base, finetuned: [n] words of F16, BF16 or F32, finite; ``seed`` from :func:`tensor_seed`;
+    ``start`` is the position of the first element within its tensor. -> [n] words of ``dtype``.
+    """
+    before, after = to_float32(base, dtype), to_float32(finetuned, finetuned_dtype)
+    out = np.empty_like(before)
+    kept = np.empty(out.size, np.bool_)
+    _select(
+        before,
+        after,
+        selection.subspace_of,
+        selection.factors,
+        selection.rule == "sampled",
+        selection.boundary,
+        selection.tie_share,
+        selection.step,
+        np.uint64(seed),
+        start,
+        out,
+        kept,
+    )
+    return np.where(kept, round_float32(out, dtype), base)
+
+
+def tensor_seed(seed: int, name: str) -> int:
+    """The 64-bit seed of one tensor's draws."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "little")
+
+
+def _threshold(
+    histogram: Histogram, density: float, starts: Sequence[int], coefficients: Sequence[float]
+) -> tuple[npt.NDArray[np.int64], float]:
+    """Boundary key of each subspace and the share kept of the elements at it."""
+    at_least = np.append(histogram.counts[::-1].cumsum()[::-1], 0)
+    ends = (*starts[1:], KEYS)
+    nonzero = histogram.numel - int(histogram.counts[0])
+    target = min(density * histogram.numel, nonzero)
+
+    def boundaries(threshold: float) -> list[int]:
+        return [key_of(threshold / c) for c in coefficients]
+
+    def kept(keys: list[int], inclusive: bool) -> int:
+        total = 0
+        for key, start, end in zip(keys, starts, ends, strict=True):
+            first = min(max(key if inclusive else key + 1, start), end)
+            total += int(at_least[first] - at_least[end])
+        return total
+
+    low, high = 0.0, 3.0e38
+    if kept(boundaries(low), inclusive=False) <= target:
+        high = low
+    while True:  # down to adjacent floats: kept() is a step function of the threshold
+        middle = math.sqrt(low * high) if low else high / 2**16
+        if not low < middle < high or high < 1e-44:
+            break
+        if kept(boundaries(middle), inclusive=False) <= target:
+            high = middle
+        else:
+            low = middle
+    keys = boundaries(high)
+    above, with_ties = kept(keys, inclusive=False), kept(keys, inclusive=True)
+    tie_share = (target - above) / (with_ties - above) if with_ties > above else 0.0
+    return np.array(keys, np.int64), min(max(tie_share, 0.0), 1.0)
+
+
+def _step(
+    histogram: Histogram, density: float, starts: Sequence[int], coefficients: Sequence[float]
+) -> float:
+    """The step at which min(1, |t| / step) sums to the target; 0 where all can be kept."""
+    counts = np.append(0, histogram.counts.cumsum())  # [KEYS + 1]: elements with a lower key
+    sums = np.append(0.0, histogram.sums.cumsum())
+    ends = (*starts[1:], KEYS)
+    nonzero = histogram.numel - int(histogram.counts[0])
+    target = density * histogram.numel
+    if target >= nonzero:
+        return 0.0
+
+    def expected(step: float) -> float:
+        total = 0.0
+        for c, start, end in zip(coefficients, starts, ends, strict=True):
+            certain = min(max(key_of(step / c), start), end)
+            total += c / step * float(sums[certain] - sums[start])
+            total += float(counts[end] - counts[certain])
+        return total
+
+    low, high = 1e-38, 1e38
+    for _ in range(200):
+        middle = math.sqrt(low * high)
+        if expected(middle) > target:
+            low = middle
+        else:
+            high = middle
+    return math.sqrt(low * high)
+
+
+@jit
+def _select(  # type: ignore[no-untyped-def]
+    base,
+    finetuned,
+    subspace_of,
+    factors,
+    sampled,
+    boundary,
+    tie_share,
+    step,
+    seed,
+    start,
+    out,
+    kept,
+):
+    scratch = np.empty(1, np.float32)
+    bits = scratch.view(np.uint32)
+    step32 = np.float32(step)
+    for i in range(base.size):
+        tau = finetuned[i] - base[i]
+        scratch[0] = abs(tau)
+        key = np.int64(bits[0] >> np.uint32(13))
+        m = subspace_of[key]
+        value = tau * factors[m]
+        if sampled:
+            probability = abs(np.float64(value)) / step if step > 0.0 else 1.0
+        elif key == boundary[m]:
+            probability = tie_share
+        else:
+            probability = 1.0 if key > boundary[m] else 0.0
+        keep = tau != 0.0 and probability > 0.0
+        if keep and probability < 1.0:
+            # splitmix64 of a counter: the top 53 bits are uniform on [0, 1)
+            z = seed + np.uint64(start + i + 1) * np.uint64(0x9E3779B97F4A7C15)
+            z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            z = z ^ (z >> np.uint64(31))
+            keep = np.float64(z >> np.uint64(11)) * 1.1102230246251565e-16 < probability
+            if keep and sampled:
+                value = step32 if value > 0 else -step32
+        kept[i] = keep
+        out[i] = base[i] + value if keep else base[i]

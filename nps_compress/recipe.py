@@ -1,0 +1,83 @@
+"""A recipe: everything that turns a base and a fine-tune into one set of kept values."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from nps_compress.atomic import write_json
+from nps_compress.errors import InvalidArgumentError, RecipeError
+from nps_compress.prune import CUTS, RULES, Cuts, Rule, check_density, top_shares
+
+VERSION = 1
+Scope = Literal["global", "tensor"]
+SCOPES: tuple[Scope, ...] = get_args(Scope)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to keep of a task vector, and at which scale.
+
+    ``density`` is the share of elements kept, in (0, 1]. ``scope`` says whether magnitudes are
+    ranked over the whole task vector or within each tensor. ``top_shares`` cut that ranking into
+    subspaces (descending; none: one subspace) and ``coefficients`` scale them, smallest
+    magnitudes first. ``search`` records how the coefficients were found; it changes nothing.
+    """
+
+    prune: Rule = "magnitude"
+    density: float = 0.05
+    scope: Scope = "global"
+    top_shares: tuple[float, ...] = ()
+    coefficients: tuple[float, ...] = (1.0,)
+    seed: int = 0
+    search: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.prune not in RULES:
+            raise InvalidArgumentError("prune", self.prune, f"one of {', '.join(RULES)}")
+        if self.scope not in SCOPES:
+            raise InvalidArgumentError("scope", self.scope, f"one of {', '.join(SCOPES)}")
+        check_density(self.density)
+        if len(self.coefficients) != len(self.top_shares) + 1:
+            raise InvalidArgumentError(
+                "coefficients", len(self.coefficients), f"{len(self.top_shares) + 1} numbers"
+            )
+
+    @classmethod
+    def with_subspaces(cls, subspaces: int, cuts: Cuts, **options: Any) -> Recipe:
+        """A recipe whose ranking is cut into ``subspaces``, with all coefficients at 1."""
+        if cuts not in CUTS:
+            raise InvalidArgumentError("cuts", cuts, f"one of {', '.join(CUTS)}")
+        plain = cls(**options)
+        shares = top_shares(subspaces, plain.density, cuts)
+        return replace(plain, top_shares=shares, coefficients=(1.0,) * subspaces)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as JSON values."""
+        return {"nps_recipe": VERSION, **asdict(self)}
+
+    def write(self, path: Path, force: bool = False) -> None:
+        """Save as JSON. Raises OutputExistsError, WriteError."""
+        write_json(path, self.to_dict(), force)
+
+    @classmethod
+    def read(cls, path: Path) -> Recipe:
+        """Load what :meth:`write` saved. Raises RecipeError."""
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RecipeError(path, f"is not readable JSON ({error})") from error
+        known = {item.name for item in fields(cls)}
+        if not isinstance(value, dict) or value.pop("nps_recipe", None) != VERSION:
+            raise RecipeError(path, f"is not a recipe of version {VERSION}")
+        if set(value) != known:
+            odd = sorted(set(value) ^ known)
+            raise RecipeError(path, f"has missing or unknown fields: {', '.join(odd)}")
+        try:
+            for name in ("top_shares", "coefficients"):
+                value[name] = tuple(float(number) for number in value[name])
+            return cls(**value)
+        except (TypeError, ValueError) as error:
+            raise RecipeError(path, str(error)) from error

@@ -1,0 +1,199 @@
+"""Base + task -> the fine-tuned tensor: numba on the CPU, Triton on CUDA, the same bits."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from nps_compress._threads import workers
+from nps_compress.codecs import ValueCodec, apply_payload
+from nps_compress.dtypes import Words, digest
+from nps_compress.errors import BaseMismatchError, FormatError, InvalidArgumentError
+from nps_compress.format.layout import Op
+from nps_compress.format.reader import NpsReader
+from nps_compress.format.records import TensorEntry, printable
+
+if TYPE_CHECKING:
+    import torch
+
+    from nps_compress.kernels.form import SparseForm
+
+BASE_NAME_KEY = "base_name"
+
+
+class Task:
+    """An open ``.nps`` file whose tensors are rebuilt one at a time.
+
+    Raises:
+        FormatError: the file breaks a rule; OSError: it can't be read.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.reader = NpsReader(Path(path))
+        self.entries = {entry.name: entry for entry in self.reader.tensors}
+
+    def __enter__(self) -> Task:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the file."""
+        self.reader.close()
+
+    @property
+    def names(self) -> list[str]:
+        """Tensors of the fine-tune, in order of their UTF-8 names."""
+        return list(self.entries)
+
+    @property
+    def base_name(self) -> str:
+        """What the base was called when the task was packed; for people, not for checks."""
+        return printable(self.reader.metadata.get(BASE_NAME_KEY, "unnamed base"))
+
+    def base_tensor_name(self, name: str) -> str | None:
+        """The base tensor that ``name`` is rebuilt from; None where it is stored whole."""
+        index = self.entry(name).base_index
+        return None if index is None else self.reader.base[index].name
+
+    def entry(self, name: str) -> TensorEntry:
+        """The record of one tensor. Raises InvalidArgumentError for an unknown name."""
+        if name not in self.entries:
+            raise InvalidArgumentError(
+                "tensor name", name, f"one of the task's {len(self.entries)}"
+            )
+        return self.entries[name]
+
+    def rebuild_words(self, name: str, words: Words | None, threads: int = 1) -> Words:
+        """Rebuild one tensor, in place where it has a base, without checking its digest.
+
+        words: [numel], the base tensor's, overwritten; None for a new tensor. -> [numel].
+
+        Raises:
+            FormatError: a chunk is damaged.
+        """
+        entry = self.entry(name)
+        if words is None:
+            words = np.empty(entry.numel, entry.dtype.word)
+        size = 1 << entry.chunk_log2
+
+        def run(number: int) -> None:
+            chunk = self.reader.read_chunk(entry, number)
+            part = words[number * size : number * size + chunk.numel]
+            apply_payload(entry.value_codec, chunk.planes, chunk.positions, part, entry.dtype)
+
+        numbers = range(entry.chunk_count)
+        if threads == 1 or len(numbers) == 1:
+            for number in numbers:
+                run(number)
+        else:
+            with ThreadPoolExecutor(threads) as pool:
+                list(pool.map(run, numbers))
+        return words
+
+    def matches(self, name: str, words: Words) -> bool:
+        """Whether a rebuilt tensor has the digest that the file promises."""
+        return digest(words) == self.entry(name).sha256
+
+    def damaged(self, name: str) -> FormatError:
+        """The error for a tensor that came out wrong from the right base."""
+        return FormatError(
+            "D-DIGEST", f"{name!r} does not have the digest it promises", self.reader.path
+        )
+
+    def rebuild(
+        self, name: str, base: torch.Tensor | None = None, *, verify: bool = True
+    ) -> torch.Tensor:
+        """The fine-tuned tensor, on the device of its base.
+
+        base: the base tensor, of the task's dtype and shape, left unchanged; None where the task
+        stores the tensor whole (then on the CPU).
+
+        Raises:
+            BaseMismatchError: base has another dtype, shape or, with ``verify``, other values.
+            FormatError: the file is damaged.
+        """
+        from nps_compress import torch_words
+
+        entry = self.entry(name)
+        if entry.op is Op.NEW:
+            words = self.rebuild_words(name, None, workers())
+            if verify and not self.matches(name, words):
+                raise self.damaged(name)
+            return torch_words.from_numpy(words, entry.dtype, entry.shape)
+        if base is None:
+            raise InvalidArgumentError("base", base, f"the base tensor for {name!r}")
+        found = (torch_words.dtype_of(base), tuple(base.shape))
+        if found != (entry.dtype, entry.shape):
+            raise self._wrong_base(
+                name,
+                f"is {found[0].name} {list(found[1])}, not {entry.dtype.name} {list(entry.shape)}",
+            )
+        if base.is_cuda and entry.op is Op.DELTA:
+            from nps_compress.kernels.rebuild import rebuild as rebuild_on_device
+
+            form = self.sparse_form(name, base.device)
+            result = rebuild_on_device(torch_words.words_of(base), form)
+            words = torch_words.to_numpy(result) if verify else np.empty(0, entry.dtype.word)
+            tensor = result.view(base.dtype).reshape(base.shape)
+        else:
+            words = torch_words.to_numpy(torch_words.words_of(base)).copy()
+            self.rebuild_words(name, words, workers())
+            tensor = torch_words.from_numpy(words, entry.dtype, entry.shape).to(base.device)
+        if verify and not self.matches(name, words):
+            assert entry.base_index is not None
+            before = torch_words.to_numpy(torch_words.words_of(base))
+            if digest(before) != self.reader.base[entry.base_index].sha256:
+                raise self._wrong_base(name, "has other values")
+            raise self.damaged(name)
+        return tensor
+
+    def _wrong_base(self, name: str, difference: str) -> BaseMismatchError:
+        what = f"tensor {self.base_tensor_name(name)!r}"
+        return BaseMismatchError("the given tensor", what, difference, self.base_name)
+
+    def sparse_form(self, name: str, device: torch.device | str = "cpu") -> SparseForm:
+        """The tensor's changes in the form the kernels read. Raises FormatError."""
+        from nps_compress.kernels.form import sparse_form
+
+        entry = self.entry(name)
+        signed = np.dtype(f"<i{entry.dtype.itemsize}")
+        positions: list[npt.NDArray[np.int64]] = [np.empty(0, np.int64)]
+        values: list[npt.NDArray[np.signedinteger]] = [np.empty(0, signed)]
+        for number in range(entry.chunk_count):
+            chunk = self.reader.read_chunk(entry, number)
+            kept = chunk.positions
+            if kept is None:
+                kept = np.arange(chunk.numel, dtype=np.uint32)
+            positions.append(kept.astype(np.int64) + (number << entry.chunk_log2))
+            payload = np.ascontiguousarray(chunk.planes.T).view(entry.dtype.word).reshape(-1)
+            if entry.value_codec is ValueCodec.ULP:
+                zigzag = payload + payload.dtype.type(1)
+                one = payload.dtype.type(1)
+                payload = (zigzag >> one) ^ (payload.dtype.type(0) - (zigzag & one))
+            values.append(payload.view(signed))
+        return sparse_form(
+            entry.numel,
+            np.concatenate(positions),
+            np.concatenate(values),
+            int(entry.value_codec),
+            device,
+        )
+
+
+def rebuild(
+    base: torch.Tensor | None, task: Task, name: str, *, verify: bool = True
+) -> torch.Tensor:
+    """Rebuild one fine-tuned tensor from its base tensor; see :meth:`Task.rebuild`."""
+    return task.rebuild(name, base, verify=verify)

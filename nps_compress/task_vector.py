@@ -1,0 +1,95 @@
+"""Magnitudes of a task vector (fine-tuned minus base), counted once and asked many times.
+
+A magnitude's *key* is the upper 18 bits of its float32 pattern: 1,024 buckets an octave, in the
+order of the magnitudes. Counts and sums per key answer every question that choosing a threshold
+asks, so no candidate of a search ever sorts the weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from nps_compress._jit import jit
+from nps_compress.errors import InvalidArgumentError
+
+KEY_SHIFT = 13
+KEYS = 1 << (31 - KEY_SHIFT)
+
+Float32 = npt.NDArray[np.float32]
+
+
+@dataclass
+class Histogram:
+    """Counts and magnitude sums by key. counts: [KEYS] int64; sums: [KEYS] float64."""
+
+    counts: npt.NDArray[np.int64]
+    sums: npt.NDArray[np.float64]
+
+    @classmethod
+    def empty(cls) -> Histogram:
+        """A histogram of no elements."""
+        return cls(np.zeros(KEYS, np.int64), np.zeros(KEYS, np.float64))
+
+    def add(self, base: Float32, finetuned: Float32) -> bool:
+        """Count the magnitudes of one piece of a task vector. base, finetuned: [n].
+
+        Returns False, the histogram then being of no use, where a difference is not finite.
+        """
+        return bool(_count(base, finetuned, self.counts, self.sums))
+
+    def merge(self, other: Histogram) -> None:
+        """Add the elements of ``other``."""
+        self.counts += other.counts
+        self.sums += other.sums
+
+    @property
+    def numel(self) -> int:
+        """Elements counted, zeros included."""
+        return int(self.counts.sum())
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the counts: equal for equal task vectors, whatever their names."""
+        return hashlib.sha256(self.counts.tobytes()).hexdigest()
+
+
+def key_of(magnitude: float) -> int:
+    """The key of a non-negative magnitude; KEYS - 1 at most."""
+    bits = int(np.float32(min(magnitude, 3.0e38)).view(np.uint32))
+    return min(bits >> KEY_SHIFT, KEYS - 1)
+
+
+def subspace_edges(histogram: Histogram, top_shares: Sequence[float]) -> tuple[int, ...]:
+    """Cut the magnitude ranking into subspaces (NPS, arXiv 2505.18713, section 3.2).
+
+    ``top_shares`` descend within (0, 1): subspace m + 1 begins where that share of all elements
+    is at least as large. Returns one key per share, ascending: the first key of subspaces 1 to
+    len(top_shares); subspace 0 holds the smallest magnitudes.
+    """
+    for share in top_shares:
+        if not 0 < share < 1:
+            raise InvalidArgumentError("top share", share, "within (0, 1)")
+    at_least = histogram.counts[::-1].cumsum()[::-1]  # [KEYS]: elements with this key or above
+    wanted = np.array(top_shares) * histogram.numel
+    # The number of keys whose tail still holds more than wanted is the first that does not.
+    edges = [int(np.count_nonzero(at_least > count)) for count in wanted]
+    return tuple(edges)
+
+
+@jit
+def _count(base, finetuned, counts, sums):  # type: ignore[no-untyped-def]
+    value = np.empty(1, np.float32)
+    as_int = value.view(np.uint32)
+    for i in range(base.size):
+        magnitude = abs(finetuned[i] - base[i])
+        value[0] = magnitude
+        if as_int[0] >= np.uint32(0x7F800000):
+            return False
+        key = as_int[0] >> np.uint32(13)
+        counts[key] += 1
+        sums[key] += magnitude
+    return True

@@ -1,0 +1,268 @@
+"""Unpack a ``.nps`` file into a checkpoint, or verify it against a base, in bounded memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from nps_compress._progress import bar
+from nps_compress._threads import bounded_map
+from nps_compress.atomic import atomic_directory, refuse_unrelated_content
+from nps_compress.checkpoint import (
+    SIDE_FILES,
+    WEIGHTS,
+    WEIGHTS_INDEX,
+    Checkpoint,
+    open_checkpoint,
+)
+from nps_compress.dtypes import Words, digest
+from nps_compress.errors import BaseMismatchError, InvalidArgumentError
+from nps_compress.format.layout import Op
+from nps_compress.format.records import BaseTensor, TensorEntry
+from nps_compress.reconstruct import Task
+
+DEFAULT_SHARD_BYTES = 5_000_000_000
+_MEMORY_SLACK = 256 << 20
+_OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+
+
+@dataclass(frozen=True)
+class UnpackReport:
+    """What was written. ``nbytes`` counts weights only."""
+
+    path: Path
+    tensors: int
+    nbytes: int
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What was verified: every one of these held."""
+
+    tensors: int
+    base_tensors: int
+    files: int
+    base_root: str
+
+
+def unpack(
+    base: str | Path,
+    task: str | Path,
+    out: str | Path,
+    *,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    force: bool = False,
+    progress: bool = False,
+) -> UnpackReport:
+    """Rebuild the fine-tune as a folder that ``from_pretrained`` loads.
+
+    Every tensor's digest is checked before the folder appears.
+
+    Raises:
+        OutputExistsError, CheckpointError, FormatError, BaseMismatchError, WriteError.
+    """
+    out = Path(out)
+    if max_shard_bytes < 1:
+        raise InvalidArgumentError("max shard size", max_shard_bytes, "at least 1 byte")
+    refuse_unrelated_content(out, force, _is_ours)
+    base_ = open_checkpoint(base)
+    with open_task(task) as task_:
+        _check_layout(task_, base_, task_.reader.tensors)
+        side_files = dict(_side_files(task_, base_))
+        shards = _shards(task_.reader.tensors, max_shard_bytes)
+        with (
+            atomic_directory(out, force, _is_ours) as folder,
+            bar(len(task_.entries), "unpacking", "tensor", progress) as advance,
+        ):
+            for file, entries in shards.items():
+                with (folder / file).open("wb") as stream:
+                    stream.write(_safetensors_header(entries))
+                    for _, words in _rebuilt(task_, base_, entries):
+                        stream.write(words.data)
+                        advance()
+            if len(shards) > 1:
+                index = json.dumps(_shard_index(shards), indent=2)
+                (folder / WEIGHTS_INDEX).write_text(index, encoding="utf-8")
+            for name, data in side_files.items():
+                (folder / name).write_bytes(data)
+    nbytes = sum(_nbytes(entry) for entry in task_.reader.tensors)
+    return UnpackReport(out, len(task_.entries), nbytes, tuple(side_files))
+
+
+def verify(
+    base: str | Path,
+    task: str | Path,
+    *,
+    progress: bool = False,
+    on_tensor: Callable[[TensorEntry], None] = lambda _: None,
+) -> VerifyReport:
+    """Check everything the file promises: its own bytes, the whole base, every rebuilt tensor.
+
+    Raises:
+        FormatError: the file is damaged. BaseMismatchError: the base is another one; names the
+        first difference. CheckpointError: the base can't be read.
+    """
+    base_ = open_checkpoint(base)
+    with open_task(task) as task_:
+        reader = task_.reader
+        _check_layout(task_, base_, reader.tensors)
+        extra = sorted(set(base_.tensors) - {tensor.name for tensor in reader.base})
+        if extra:
+            raise _mismatch(task_, base_, extra[0], "is not in the base the task was made from")
+        difference = _first_difference(task_, base_, progress)
+        if difference:
+            raise difference
+        with bar(len(reader.tensors), "verifying", "tensor", progress) as advance:
+            for entry, _ in _rebuilt(task_, base_, reader.tensors):
+                on_tensor(entry)
+                advance()
+        files = sum(1 for _ in _side_files(task_, base_))
+        return VerifyReport(len(reader.tensors), len(reader.base), files, reader.base_root.hex())
+
+
+def open_task(path: str | Path) -> Task:
+    """Open a ``.nps`` file. Raises FormatError, InvalidArgumentError (no such file)."""
+    try:
+        return Task(path)
+    except OSError as error:
+        raise InvalidArgumentError(
+            "task", str(path), f"a readable file ({error.strerror})"
+        ) from None
+
+
+def _rebuilt(
+    task: Task, base: Checkpoint, entries: Iterable[TensorEntry]
+) -> Iterator[tuple[TensorEntry, Words]]:
+    """Rebuilt tensors in order, each with the digest that was promised."""
+    entries = list(entries)
+
+    def run(entry: TensorEntry) -> tuple[TensorEntry, Words, bool]:
+        base_name = task.base_tensor_name(entry.name)
+        words = task.rebuild_words(entry.name, base.read(base_name) if base_name else None)
+        return entry, words, task.matches(entry.name, words)
+
+    largest = max(map(_nbytes, entries), default=0)
+    for entry, words, matches in bounded_map(run, entries, _nbytes, 2 * largest + _MEMORY_SLACK):
+        if not matches:
+            raise _first_difference(task, base) or task.damaged(entry.name)
+        yield entry, words
+
+
+def _check_layout(task: Task, base: Checkpoint, entries: Iterable[TensorEntry]) -> None:
+    """Names, dtypes and shapes of the base tensors; costs no read of weights."""
+    used = {entry.base_index for entry in entries}
+    for index, record in enumerate(task.reader.base):
+        found = base.tensors.get(record.name)
+        if found is None:
+            if index in used:
+                raise _mismatch(task, base, record.name, "is missing")
+        elif (found.dtype, found.shape) != (record.dtype, record.shape):
+            raise _mismatch(
+                task,
+                base,
+                record.name,
+                f"is {found.dtype.name} {list(found.shape)}, "
+                f"not {record.dtype.name} {list(record.shape)}",
+            )
+
+
+def _first_difference(
+    task: Task, base: Checkpoint, progress: bool = False
+) -> BaseMismatchError | None:
+    """The first base tensor, by name, that is missing or has other values."""
+
+    def differs(record: BaseTensor) -> bool:
+        return digest(base.read(record.name)) != record.sha256
+
+    records = task.reader.base
+    for record in records:
+        if record.name not in base.tensors:
+            return _mismatch(task, base, record.name, "is missing")
+    sizes = {record.name: base.tensors[record.name].nbytes for record in records}
+    budget = 2 * max(sizes.values(), default=0) + _MEMORY_SLACK
+    results = bounded_map(differs, records, lambda record: sizes[record.name], budget)
+    with bar(len(records), "hashing base", "tensor", progress) as advance:
+        for record, different in zip(records, results, strict=True):
+            if different:
+                return _mismatch(task, base, record.name, "has other values")
+            advance()
+    return None
+
+
+def _mismatch(task: Task, base: Checkpoint, tensor: str, difference: str) -> BaseMismatchError:
+    return BaseMismatchError(base.path, f"tensor {tensor!r}", difference, task.base_name)
+
+
+def _side_files(task: Task, base: Checkpoint) -> Iterator[tuple[str, bytes]]:
+    """Side files of the fine-tune. Only names that this program knows are ever written."""
+    for entry in task.reader.files:
+        if entry.name not in SIDE_FILES:
+            continue
+        if entry.op is Op.NEW:
+            yield entry.name, task.reader.read_file(entry)
+            continue
+        source = base.side_files.get(entry.name)
+        data = source.read_bytes() if source else b""
+        if hashlib.sha256(data).digest() != entry.sha256:
+            difference = "has another content" if source else "is missing"
+            raise BaseMismatchError(base.path, f"file {entry.name!r}", difference, task.base_name)
+        yield entry.name, data
+
+
+def _is_ours(name: str) -> bool:
+    return name in SIDE_FILES or name == WEIGHTS_INDEX or _OURS.fullmatch(name) is not None
+
+
+def _nbytes(entry: TensorEntry) -> int:
+    return entry.numel * entry.dtype.itemsize
+
+
+def _shards(entries: Iterable[TensorEntry], max_shard_bytes: int) -> dict[str, list[TensorEntry]]:
+    """File name -> its tensors; within a file wide elements come first, so that all are aligned."""
+    groups: list[list[TensorEntry]] = [[]]
+    size = 0
+    for entry in entries:
+        if groups[-1] and size + _nbytes(entry) > max_shard_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(entry)
+        size += _nbytes(entry)
+    for group in groups:
+        group.sort(key=lambda entry: -entry.dtype.itemsize)
+    if len(groups) == 1:
+        return {WEIGHTS: groups[0]}
+    total = len(groups)
+    return {
+        f"model-{number:05}-of-{total:05}.safetensors": group
+        for number, group in enumerate(groups, 1)
+    }
+
+
+def _safetensors_header(entries: Iterable[TensorEntry]) -> bytes:
+    """Length and JSON header of a safetensors file; the library can only write from memory."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for entry in entries:
+        end = offset + _nbytes(entry)
+        header[entry.name] = {
+            "dtype": entry.dtype.name,
+            "shape": list(entry.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _shard_index(shards: dict[str, list[TensorEntry]]) -> dict[str, object]:
+    total = sum(_nbytes(entry) for entries in shards.values() for entry in entries)
+    return {
+        "metadata": {"total_size": total},
+        "weight_map": {entry.name: file for file, entries in shards.items() for entry in entries},
+    }

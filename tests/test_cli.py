@@ -1,0 +1,204 @@
+"""The command line as a person and a script meet it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+import nps_compress
+from nps_compress.cli import main
+
+COMMANDS = ["inspect", "pack", "search", "unpack", "verify"]
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def ok(*arguments: object) -> str:
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def fails(*arguments: object, code: int = 1) -> str:
+    """The one line on standard error; nothing on standard output."""
+    result = run(*arguments)
+    assert result.exit_code == code, result.output
+    assert result.stdout == ""
+    assert isinstance(result.exception, SystemExit), result.exception
+    *_, line = result.stderr.strip().splitlines()
+    if code == 1:
+        assert line == result.stderr.strip()
+    return line
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_an_example(command):
+    text = ok(command, "--help")
+    assert "Example:" in text
+    assert f"nps-compress {command}" in text
+
+
+def test_help_lists_every_command():
+    assert set(main.commands) == set(COMMANDS)
+    for command in COMMANDS:
+        assert command in ok("--help")
+    assert nps_compress.__version__ in ok("--version")
+
+
+def test_help_is_instant():
+    code = "import sys, nps_compress.cli; sys.exit(bool({'torch', 'numba'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_whole_road(tiny, tmp_path):
+    base, tuned = tiny
+    task, out = tmp_path / "t.nps", tmp_path / "out"
+    text = ok("pack", base, tuned, "-o", task)
+    assert "bits per parameter" in text
+    assert "nothing was searched" in text
+    assert "ok: 7 base tensors match, 8 rebuilt tensors" in ok("verify", base, task)
+    assert "every digest matched" in ok("unpack", base, task, "-o", out)
+    assert (out / "model.safetensors").exists()
+    text = ok("inspect", task)
+    assert "layer.mlp" in text
+    assert "base base: 7 tensors, root " in text
+    assert "file config.json" in text
+
+
+def test_json_is_the_whole_output(tiny, tmp_path):
+    base, tuned = tiny
+    task = tmp_path / "t.nps"
+    packed = json.loads(ok("pack", base, tuned, "-o", task, "--json", "--density", 0.2))
+    assert packed["file_bytes"] == task.stat().st_size
+    assert packed["recipe"]["density"] == 0.2
+    found = json.loads(ok("inspect", task, "--json"))
+    for key in ("tensors", "total_params", "nnz", "density", "file_bytes", "bits_per_param"):
+        assert key in found
+    assert packed["base_root"] == found["base_root"]
+    verified = json.loads(ok("verify", base, task, "--json"))
+    assert verified["ok"] is True
+    assert len(verified["verified"]) == verified["tensors"] == 8
+    unpacked = json.loads(ok("unpack", base, task, "-o", tmp_path / "out", "--json"))
+    assert unpacked["tensors"] == 8
+
+
+def test_options_reach_the_file(tiny, tmp_path):
+    task = tmp_path / "t.nps"
+    ok("pack", *tiny, "-o", task, "--prune", "sampled", "--scope", "tensor", "--seed", 5)
+    recipe = json.loads(nps_compress.inspect(task)["metadata"]["recipe"])
+    assert (recipe["prune"], recipe["scope"], recipe["seed"]) == ("sampled", "tensor", 5)
+
+
+def test_recipe_feeds_pack(tiny, tmp_path):
+    recipe = nps_compress.Recipe(prune="sampled", density=0.3)
+    recipe.write(tmp_path / "r.json")
+    ok("pack", *tiny, "-o", tmp_path / "t.nps", "--recipe", tmp_path / "r.json")
+    stored = json.loads(nps_compress.inspect(tmp_path / "t.nps")["metadata"]["recipe"])
+    assert stored["density"] == 0.3
+
+
+class TestBadInput:
+    def test_wrong_base(self, tiny, tmp_path):
+        base, tuned = tiny
+        ok("pack", base, tuned, "-o", tmp_path / "t.nps")
+        line = fails("verify", tuned, tmp_path / "t.nps")
+        assert "is not the base this task was made from (base): tensor 'embed'" in line
+
+    def test_density(self, tiny, tmp_path):
+        for density in ("0", "1.5", "-1", "nan"):
+            line = fails("pack", *tiny, "-o", tmp_path / "t.nps", "--density", density)
+            assert "density must be in (0, 1], received" in line
+        line = fails("pack", *tiny, "-o", tmp_path / "t", "--density", "five", code=2)
+        assert "'five' is not a valid float" in line
+
+    def test_output_exists(self, tiny, tmp_path):
+        (tmp_path / "t.nps").write_text("precious")
+        assert "pass --force" in fails("pack", *tiny, "-o", tmp_path / "t.nps")
+        assert (tmp_path / "t.nps").read_text() == "precious"
+        ok("pack", *tiny, "-o", tmp_path / "t.nps", "--force")
+
+    def test_damaged_and_missing_task(self, tiny, tmp_path):
+        (tmp_path / "t.nps").write_bytes(b"x" * 500)
+        assert "H-MAGIC" in fails("inspect", tmp_path / "t.nps")
+        assert "No such file" in fails("verify", tiny[0], tmp_path / "none.nps")
+        assert "Is a directory" in fails("inspect", tmp_path)
+
+    def test_calibration(self, tiny, tmp_path):
+        data = tmp_path / "c.jsonl"
+        call = ("pack", *tiny, "-o", tmp_path / "t.nps", "--calibration", data)
+        assert "No such file" in fails(*call)
+        data.write_text("\n")
+        assert "holds no examples" in fails(*call)
+        data.write_text('{"text": "a"}\n\n{"text": }\n')
+        assert "c.jsonl, line 3: is not JSON" in fails(*call)
+        data.write_text('{"label": 1}\n')
+        assert 'line 1: needs an object with a string under "text"' in fails(*call)
+        data.write_text('{"text": "a", "label": 1.5}\n')
+        assert "label must be an int or a string: 1.5" in fails(*call)
+        data.write_bytes(b'{"text": "\xff"}\n')
+        assert "c.jsonl" in fails(*call)
+        assert not list(tmp_path.glob("t.nps*"))
+
+    def test_options_that_contradict(self, tiny, tmp_path):
+        call = ("pack", *tiny, "-o", tmp_path / "t.nps")
+        line = fails(*call, "--lossless", "--density", 0.1, code=2)
+        assert "--density can't be used with --lossless" in line
+        line = fails(*call, "--recipe", tmp_path / "r.json", "--seed", 1, code=2)
+        assert "--seed can't be used with --recipe" in line
+        assert "can't be loaded" in fails(*call, "--calibration", _calibration(tmp_path))
+
+    def test_terminal_escapes_stay_out_of_messages(self, tiny, tmp_path):
+        base, tuned = tiny
+        evil = base.rename(tmp_path / "ba\x1b[31mse")
+        ok("pack", evil, tuned, "-o", tmp_path / "t.nps")
+        assert "\x1b" not in ok("inspect", tmp_path / "t.nps")
+        assert "\x1b" not in ok("inspect", tmp_path / "t.nps", "--json")
+        assert "\x1b" not in fails("verify", tuned, tmp_path / "t.nps")
+
+
+def _calibration(folder: Path) -> Path:
+    path = folder / "calibration.jsonl"
+    path.write_text("".join(f'{{"text": "word {i} of the day"}}\n' for i in range(8)))
+    return path
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
+def test_ctrl_c_keeps_the_search_and_the_same_command_resumes(classifier_pair, tmp_path):
+    base, tuned, calibration = classifier_pair
+    out = tmp_path / "r.json"
+    arguments = [
+        *("search", base, tuned, "-o", out, "--calibration", calibration),
+        *("--generations", "40", "--subspaces", "3"),
+    ]
+    command = [sys.executable, "-m", "nps_compress.cli", *map(str, arguments)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    state = out.with_name("r.json.search.json")
+    deadline = time.monotonic() + 120
+    while not state.exists() or len(json.loads(state.read_text())["fitness"]) < 5:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "run the same command to resume" in error
+    assert "Traceback" not in error
+    assert not out.exists()
+    kept = json.loads(state.read_text())["fitness"]
+    ok(*arguments)
+    assert not state.exists()
+    resumed = json.loads(out.read_text())
+    ok(*arguments[:4], tmp_path / "whole.json", *arguments[5:])
+    whole = json.loads((tmp_path / "whole.json").read_text())
+    assert resumed == whole
+    assert len(kept) < whole["search"]["evaluations"]

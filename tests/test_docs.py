@@ -1,0 +1,91 @@
+"""README and SPEC say what is true."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+from conftest import ROOT
+
+from nps_compress.cli import main
+from nps_compress.codecs import MaskCodec, ValueCodec
+from nps_compress.dtypes import DTYPES
+from nps_compress.format import layout
+from nps_compress.format.writer import NpsWriter
+
+README = (ROOT / "README.md").read_text()
+SPEC = (ROOT / "format_spec" / "SPEC.md").read_text()
+
+
+def test_readme_example_runs(tiny, tmp_path, monkeypatch):
+    tiny[1].rename(tmp_path / "law")
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    exec(compile(code, "README.md", "exec"), {})
+    assert (tmp_path / "law-rebuilt" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("command", sorted(main.commands))
+def test_readme_shows_every_command(command):
+    assert f"nps-compress {command}" in README
+
+
+def test_readme_options_exist():
+    options = {o for c in main.commands.values() for p in c.params for o in p.opts} | {"--help"}
+    assert set(re.findall(r"--[a-z][a-z-]+", README)) <= options
+
+
+def test_readme_targets_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"`?make ([a-z]+)`?", README):
+        assert re.search(rf"^{target}:", makefile, re.M)
+
+
+@pytest.mark.parametrize(
+    ("section", "dtype"),
+    [
+        ("2.1", layout.HEADER),
+        ("2.3", layout.FOOTER),
+        ("3.1", layout.INDEX_HEAD),
+        ("3.2", layout.BASE_RECORD),
+        ("3.3", layout.TENSOR_RECORD),
+        ("3.5", layout.CHUNK_RECORD),
+    ],
+)
+def test_spec_tables_are_the_code(section, dtype):
+    text = SPEC.split(f"### {section} ")[1].split("###")[0].split("\n## ")[0]
+    rows = re.findall(r"^\| (\d+) \| (\d+) \| (\w+) \|", text, re.M)
+    stated = [(int(offset), int(size), name) for offset, size, name in rows]
+    fields = [(dtype.fields[n][1], dtype.fields[n][0].itemsize, n) for n in dtype.names]
+    assert stated == fields
+
+
+def test_spec_codes_are_the_code():
+    section = SPEC.split("## 4. ")[1].split("\n## ")[0]
+    stated = {
+        (int(code), name, int(width))
+        for code, name, width in re.findall(r"(\d+) \| ([A-Z0-9_]+) \| (\d)", section)
+    }
+    assert stated == {(d.code, d.name, d.itemsize) for d in DTYPES}
+    for number, codecs in (("5", MaskCodec), ("6", ValueCodec)):
+        section = SPEC.split(f"## {number}. ")[1].split("\n## ")[0]
+        rows = re.findall(r"^\| (\d+) \| (\w+) \|", section, re.M)
+        assert [(int(c), n) for c, n in rows] == [(c.value, c.name.lower()) for c in codecs]
+
+
+def test_spec_rules_are_those_raised():
+    section = SPEC.split("## 8. ")[1].split("\n## ")[0]
+    listed = re.findall(r"^\| ([A-Z]-[A-Z0-9]+) \|", section, re.M)
+    assert len(listed) == len(set(listed))
+    source = "".join(path.read_text() for path in (ROOT / "nps_compress").rglob("*.py"))
+    raised = set(re.findall(r'"([A-Z]-[A-Z0-9]+)"', source))
+    assert set(listed) == raised
+
+
+def test_spec_dump_is_the_smallest_file():
+    section = SPEC.split("## 11. ")[1]
+    lines = re.findall(r"^[0-9a-f]{4}  ((?:[0-9a-f]{2} ?)+)", section, re.M)
+    stream = io.BytesIO()
+    NpsWriter(stream).finish([], {})
+    assert bytes.fromhex("".join(lines)) == stream.getvalue()

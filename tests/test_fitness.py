@@ -1,0 +1,127 @@
+"""Searches on tiny real models: the candidates scored are the bytes that are stored."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import nps_compress
+from nps_compress import CalibrationError, CheckpointError, InvalidArgumentError, Recipe
+from nps_compress.fitness import Fitness, load_model, read_jsonl
+
+
+def rows(path: Path):
+    return read_jsonl(path)
+
+
+def test_kl_of_the_finetune_with_itself_is_zero(classifier_pair):
+    _, tuned, calibration = classifier_pair
+    fitness = Fitness(tuned, rows(calibration), "kl")
+    assert fitness.score() == pytest.approx(0, abs=1e-6)
+    with torch.no_grad():
+        fitness.model.classifier.weight[0] += 0.5
+    assert fitness.score() < -1e-3
+
+
+def test_accuracy_and_loss_agree_with_transformers(classifier_pair):
+    _, tuned, calibration = classifier_pair
+    model, tokenizer, _ = load_model(tuned)
+    names = {"red": 0, "green": 1, "blue": 2}
+    right, loss = 0, 0.0
+    examples = rows(calibration)
+    for row in examples:
+        with torch.inference_mode():
+            logits = model(**tokenizer(row.text, return_tensors="pt")).logits[0]
+        label = names.get(row.label, row.label)
+        right += int(logits.argmax()) == label
+        loss += float(torch.nn.functional.cross_entropy(logits, torch.tensor(label)))
+    accuracy = Fitness(tuned, examples, "accuracy").score()
+    assert accuracy == pytest.approx(right / len(examples))
+    score = Fitness(tuned, examples, "loss").score()
+    assert score == pytest.approx(-loss / len(examples), abs=1e-5)
+
+
+def test_causal_loss_agrees_with_transformers(causal_pair):
+    _, tuned, calibration = causal_pair
+    model, tokenizer, _ = load_model(tuned)
+    total, count = 0.0, 0
+    for row in rows(calibration):
+        inputs = tokenizer(row.text, return_tensors="pt")
+        with torch.inference_mode():
+            found = model(**inputs, labels=inputs["input_ids"])
+        tokens = inputs["input_ids"].shape[1] - 1
+        total, count = total + float(found.loss) * tokens, count + tokens
+    score = Fitness(tuned, rows(calibration), "loss", batch_size=5).score()
+    assert score == pytest.approx(-total / count, abs=1e-5)
+    assert Fitness(tuned, rows(calibration), "kl").score() == pytest.approx(0, abs=1e-6)
+    with pytest.raises(InvalidArgumentError, match="causal LM"):
+        Fitness(tuned, rows(calibration), "accuracy")
+
+
+@pytest.mark.parametrize("pair", ["classifier_pair", "causal_pair"])
+@pytest.mark.parametrize("prune", ["magnitude", "sampled"])
+def test_search_scores_what_is_stored(pair, prune, request, tmp_path):
+    base, tuned, calibration = request.getfixturevalue(pair)
+    recipe = Recipe.with_subspaces(3, "tail", prune=prune, density=0.1)
+    report = nps_compress.pack(
+        base, tuned, tmp_path / "t.nps", recipe=recipe, calibration=calibration, generations=4
+    )
+    found = report.recipe.search
+    assert found["best"] >= found["start"]
+    assert found["best_by_generation"] == sorted(found["best_by_generation"])
+    assert found["evaluations"] == 1 + 4 * 7
+    assert found["finetuned"] == pytest.approx(0, abs=1e-6)
+    nps_compress.unpack(base, tmp_path / "t.nps", tmp_path / "out")
+    reference = Fitness(tuned, rows(calibration), "kl")
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    reference.model.load_state_dict(weights, strict=True)
+    assert reference.score() == pytest.approx(found["best"], abs=1e-6)
+    stored = json.loads(nps_compress.inspect(tmp_path / "t.nps")["metadata"]["recipe"])
+    assert tuple(stored["coefficients"]) == report.recipe.coefficients
+    assert not list(tmp_path.glob("*.search.json"))
+
+
+def test_search_then_pack_equals_pack_with_calibration(classifier_pair, tmp_path):
+    base, tuned, calibration = classifier_pair
+    recipe = Recipe.with_subspaces(2, "equal", density=0.1)
+    options = {"fitness": "loss", "generations": 2}
+    found = nps_compress.search_recipe(
+        base, tuned, calibration, tmp_path / "r.json", recipe, **options
+    )
+    assert Recipe.read(tmp_path / "r.json") == found
+    nps_compress.pack(base, tuned, tmp_path / "a.nps", recipe=found)
+    nps_compress.pack(
+        base, tuned, tmp_path / "b.nps", recipe=recipe, calibration=calibration, **options
+    )
+    assert (tmp_path / "a.nps").read_bytes() == (tmp_path / "b.nps").read_bytes()
+
+
+def test_labels_that_the_model_does_not_know(classifier_pair, tmp_path):
+    _, tuned, _ = classifier_pair
+    for label in ('"purple"', "3", "-1", "null"):
+        path = tmp_path / "c.jsonl"
+        path.write_text(f'{{"text": "the cat", "label": 1}}\n{{"text": "a", "label": {label}}}\n')
+        with pytest.raises(CalibrationError, match="example 2 has label"):
+            Fitness(tuned, rows(path), "accuracy", source=path)
+        assert Fitness(tuned, rows(path), "kl").score() <= 1e-6  # needs none
+
+
+def test_text_without_a_next_token(causal_pair, tmp_path):
+    (tmp_path / "c.jsonl").write_text('{"text": "cat"}\n')
+    fitness = Fitness(causal_pair[1], rows(tmp_path / "c.jsonl"), "loss", source="c.jsonl")
+    with pytest.raises(CalibrationError, match="two tokens"):
+        fitness.score()
+
+
+def test_folder_without_a_model(tmp_path, causal_pair):
+    with pytest.raises(CheckpointError, match="can't be loaded"):
+        load_model(tmp_path)
+    config = json.loads((causal_pair[1] / "config.json").read_text())
+    config["architectures"] = ["LlamaModel"]
+    (causal_pair[1] / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="is a LlamaModel"):
+        load_model(causal_pair[1])
