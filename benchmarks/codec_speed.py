@@ -77,15 +77,13 @@ def measure(numel: int, density: float, repeats: int) -> dict[str, object]:
     out = np.empty_like(base)
 
     def copy() -> None:
-        for part in parts:
-            np.copyto(out[part], base[part])
+        np.copyto(out, base)
 
     def decode() -> None:
         for part, chunk, (mask, planes) in zip(parts, chunks, raw, strict=True):
             target = out[part]
-            np.copyto(target, base[part])
             positions = codecs.decode_mask(chunk.mask_codec, mask, target.size, chunk.nnz)
-            codecs.apply_payload(codec, planes, positions, target, BF16)
+            codecs.apply_payload(codec, planes, positions, base[part], target, BF16)
 
     # numpy's way to the same words: a bitmask of the tensor and base ^ new at its set bits, over
     # the whole tensor as a loader would write it, and in chunks that a core's cache holds.

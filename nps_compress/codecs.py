@@ -398,24 +398,29 @@ def apply_payload(
     codec: ValueCodec,
     planes: npt.NDArray[np.uint8],
     positions: Positions | None,
+    base: Words,
     out: Words,
     dtype: DType,
 ) -> None:
-    """Turn base words into the fine-tune's at the kept positions, in place.
+    """Write the fine-tune's words: the base's, changed at the kept positions.
 
     planes: [itemsize, nnz] uint8, least significant byte first; positions: [nnz] uint32 or None
-    for all; out: [numel] words, holding the base's on entry.
+    for all; base, out: [numel] words; ``out`` may be ``base``.
     """
     if positions is None:
         if codec is ValueCodec.REPLACE:
             out.view(np.uint8).reshape(-1, dtype.itemsize)[:] = planes.T
             return
         positions = np.arange(out.size, dtype=np.uint32)
+    if dtype.itemsize == 2 and out is not base:
+        _copy_apply16(int(codec), planes[0], planes[1], positions, base, out)
+        return
+    if out is not base:
+        np.copyto(out, base)
     if dtype.itemsize == 2:
         _apply16(int(codec), planes[0], planes[1], positions, out)
     else:
-        bits = np.uint64(8 * dtype.itemsize)
-        _apply(int(codec), planes, positions, out, bits)
+        _apply(int(codec), planes, positions, out, np.uint64(8 * dtype.itemsize))
 
 
 @jit
@@ -437,6 +442,21 @@ def _apply16(codec, low, high, positions, out):  # type: ignore[no-untyped-def]
             out[position] ^= payload
         else:
             out[position] = payload
+
+
+@jit
+def _copy_apply16(codec, low, high, positions, base, out):  # type: ignore[no-untyped-def]
+    # Tile by tile, so that the words to change are still in the nearest cache.
+    tile = 16384
+    done = 0
+    for start in range(0, out.size, tile):
+        target, source = out[start : start + tile], base[start : start + tile]
+        for i in range(target.size):
+            target[i] = source[i]
+        end = np.searchsorted(positions[done : done + tile], np.uint32(start + target.size))
+        here = slice(done, done + end)
+        _apply16(codec, low[here], high[here], positions[here], out)
+        done = done + int(end)
 
 
 @jit

@@ -75,23 +75,32 @@ class Task:
             )
         return self.entries[name]
 
-    def rebuild_words(self, name: str, words: Words | None, threads: int = 1) -> Words:
-        """Rebuild one tensor, in place where it has a base, without checking its digest.
+    def rebuild_words(
+        self, name: str, base: Words | None, *, in_place: bool = True, threads: int = 1
+    ) -> Words:
+        """Rebuild one tensor without checking its digest.
 
-        words: [numel], the base tensor's, overwritten; None for a new tensor. -> [numel].
+        base: [numel], the base tensor's words, overwritten where ``in_place``; None for a new
+        tensor. -> [numel].
 
         Raises:
             FormatError: a chunk is damaged.
         """
         entry = self.entry(name)
-        if words is None:
-            words = np.empty(entry.numel, entry.dtype.word)
+        if base is None:
+            base = np.empty(entry.numel, entry.dtype.word)
+        elif not in_place and entry.op is Op.COPY:
+            return base.copy()
+        out = base if in_place else np.empty_like(base)
         size = 1 << entry.chunk_log2
 
         def run(number: int) -> None:
             chunk = self.reader.read_chunk(entry, number)
-            part = words[number * size : number * size + chunk.numel]
-            apply_payload(entry.value_codec, chunk.planes, chunk.positions, part, entry.dtype)
+            span = slice(number * size, number * size + chunk.numel)
+            before = base[span]
+            after = before if in_place else out[span]
+            codec, dtype = entry.value_codec, entry.dtype
+            apply_payload(codec, chunk.planes, chunk.positions, before, after, dtype)
 
         numbers = range(entry.chunk_count)
         if threads == 1 or len(numbers) == 1:
@@ -100,7 +109,7 @@ class Task:
         else:
             with ThreadPoolExecutor(threads) as pool:
                 list(pool.map(run, numbers))
-        return words
+        return out
 
     def matches(self, name: str, words: Words) -> bool:
         """Whether a rebuilt tensor has the digest that the file promises."""
@@ -128,7 +137,7 @@ class Task:
 
         entry = self.entry(name)
         if entry.op is Op.NEW:
-            words = self.rebuild_words(name, None, workers())
+            words = self.rebuild_words(name, None, threads=workers())
             if verify and not self.matches(name, words):
                 raise self.damaged(name)
             return torch_words.from_numpy(words, entry.dtype, entry.shape)
@@ -148,8 +157,8 @@ class Task:
             words = torch_words.to_numpy(result) if verify else np.empty(0, entry.dtype.word)
             tensor = result.view(base.dtype).reshape(base.shape)
         else:
-            words = torch_words.to_numpy(torch_words.words_of(base)).copy()
-            self.rebuild_words(name, words, workers())
+            before = torch_words.to_numpy(torch_words.words_of(base))
+            words = self.rebuild_words(name, before, in_place=False, threads=workers())
             tensor = torch_words.from_numpy(words, entry.dtype, entry.shape).to(base.device)
         if verify and not self.matches(name, words):
             assert entry.base_index is not None

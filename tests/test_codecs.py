@@ -81,8 +81,11 @@ def _rebuild(codec: ValueCodec, base: np.ndarray, new: np.ndarray, dtype: DType)
         mask = codecs.decompress(mask, chunk.mask_raw_bytes)
     planes = codecs.decode_planes(chunk.planes, chunk.planes_compressed, chunk.nnz)
     positions = codecs.decode_mask(chunk.mask_codec, mask, base.size, chunk.nnz)
-    out = base.copy()
-    codecs.apply_payload(codec, planes, positions, out, dtype)
+    out = np.full_like(base, 0x5A)
+    codecs.apply_payload(codec, planes, positions, base, out, dtype)
+    in_place = base.copy()
+    codecs.apply_payload(codec, planes, positions, in_place, in_place, dtype)
+    assert np.array_equal(in_place, out)
     return out
 
 
@@ -97,9 +100,9 @@ def _rebuild(codec: ValueCodec, base: np.ndarray, new: np.ndarray, dtype: DType)
 )
 @pytest.mark.parametrize("density", [0.0, 0.003, 0.05, 0.3, 1.0])
 def test_values_round_trip_for_random_bits(dtype, codec, density, rng):
-    base = np.frombuffer(rng.bytes(5000 * dtype.itemsize), dtype.word)
-    other = np.frombuffer(rng.bytes(5000 * dtype.itemsize), dtype.word)
-    new = np.where(rng.random(5000) < density, other, base)
+    base = np.frombuffer(rng.bytes(40_000 * dtype.itemsize), dtype.word)
+    other = np.frombuffer(rng.bytes(40_000 * dtype.itemsize), dtype.word)
+    new = np.where(rng.random(40_000) < density, other, base)
     assert np.array_equal(_rebuild(codec, base, new, dtype), new)
 
 

@@ -64,7 +64,7 @@ def test_kernel_reference_and_cpu_agree(device, name, codec, density):
         if chunk.mask_compressed:
             mask = codecs.decompress(mask, chunk.mask_raw_bytes)
         positions = codecs.decode_mask(chunk.mask_codec, mask, numel, chunk.nnz)
-        codecs.apply_payload(codec, planes, positions, words, dtype)
+        codecs.apply_payload(codec, planes, positions, words, words, dtype)
         assert np.array_equal(words, expected.numpy().view(dtype.word))
 
 
