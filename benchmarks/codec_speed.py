@@ -128,6 +128,7 @@ def measure(numel: int, density: float, repeats: int) -> dict[str, object]:
     nbytes = base.nbytes
     masks = sorted({chunk.mask_codec.name.lower() for chunk in chunks})
     return {
+        "params": numel,
         "density": density,
         "codecs": "+".join([*masks, codec.name.lower()]),
         "bits_per_param": round(8 * sum(len(chunk.data) for chunk in chunks) / numel, 4),
@@ -139,18 +140,24 @@ def measure(numel: int, density: float, repeats: int) -> dict[str, object]:
         "unzstd_gb_s": round(nbytes / median["unzstd"] / 1e9, 2),
         "encode_gb_s": round(nbytes / median["encode"] / 1e9, 3),
         "exact": True,
-        "params": numel,
         "repeats": repeats,
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--params", type=int, default=1 << 24, help="weights in the pair")
+    parser.add_argument(
+        "--params",
+        type=int,
+        nargs="+",
+        default=[1 << 22, 1 << 24],
+        help="weights in a pair: 2^22 fit a cache, 2^24 do not",
+    )
     parser.add_argument("--repeats", type=int, default=15)
     arguments = parser.parse_args()
     found = [
-        measure(arguments.params, density, arguments.repeats)
+        measure(params, density, arguments.repeats)
+        for params in arguments.params
         for density in (0.002, 0.01, 0.05, 0.1, 0.2, 0.5)
     ]
     print(rows.table(found))

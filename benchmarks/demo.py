@@ -7,6 +7,7 @@ then packed three ways, verified, unpacked, and tested through plain transformer
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -59,7 +60,8 @@ def main() -> None:
     say(f"{len(examples):,} docstrings of {len(names)} packages: {', '.join(names)}")
     say(f"{TRAIN} to train on, {CALIBRATION} to calibrate, {TEST} to test; parts share no module")
 
-    if (finetuned / "config.json").exists() and (out / "labels.json").read_text() == key(names):
+    made_from = out / "made-from"
+    if made_from.exists() and made_from.read_text() == key(parts):
         step(f"using the fine-tune in {finetuned}")
     else:
         step("fine-tuning all 22.7 million weights of all-MiniLM-L6-v2 (the longest part)")
@@ -67,7 +69,7 @@ def main() -> None:
         save_base(base)
         text_classifier.finetune(base, finetuned, parts.train, names)
         docstrings.write_jsonl(calibration, parts.calibration, names)
-        (out / "labels.json").write_text(key(names))
+        made_from.write_text(key(parts))
 
     def test(folder: Path) -> float:
         return text_classifier.accuracy(folder, parts.test, names)
@@ -145,9 +147,9 @@ def main() -> None:
     )
 
 
-def key(names: list[str]) -> str:
-    """What the cached fine-tune depends on."""
-    return json.dumps({"labels": names, "train": TRAIN, "calibration": CALIBRATION})
+def key(parts: docstrings.Split) -> str:
+    """Identifies the data that the cached fine-tune and the calibration file are made from."""
+    return hashlib.sha256(repr((parts.train, parts.calibration)).encode()).hexdigest()
 
 
 def save_base(folder: Path) -> None:

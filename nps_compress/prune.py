@@ -27,7 +27,7 @@ import numpy.typing as npt
 from nps_compress._jit import jit
 from nps_compress.dtypes import DType, Words, round_float32, to_float32
 from nps_compress.errors import InvalidArgumentError
-from nps_compress.task_vector import KEYS, Histogram, key_of, subspace_edges
+from nps_compress.task_vector import KEY_SHIFT, KEYS, Histogram, key_of, subspace_edges
 
 Rule = Literal["magnitude", "sampled"]
 RULES: tuple[Rule, ...] = get_args(Rule)
@@ -120,11 +120,11 @@ def prune(
     ``start`` is the position of the first element within its tensor. -> [n] words of ``dtype``.
     """
     before, after = to_float32(base, dtype), to_float32(finetuned, finetuned_dtype)
-    out = np.empty_like(before)
-    kept = np.empty(out.size, np.bool_)
-    _select(
-        before,
-        after,
+    tau = after - before
+    positions, values = np.empty(tau.size, np.uint32), np.empty(tau.size, np.float32)
+    kept = _select(
+        tau,
+        tau.view(np.uint32),
         selection.subspace_of,
         selection.factors,
         selection.rule == "sampled",
@@ -133,10 +133,13 @@ def prune(
         selection.step,
         np.uint64(seed),
         start,
-        out,
-        kept,
+        positions,
+        values,
     )
-    return np.where(kept, round_float32(out, dtype), base)
+    here = positions[:kept]
+    out = base.copy()
+    out[here] = round_float32(before[here] + values[:kept], dtype)
+    return out
 
 
 def tensor_seed(seed: int, name: str) -> int:
@@ -213,8 +216,8 @@ def _step(
 
 @jit
 def _select(  # type: ignore[no-untyped-def]
-    base,
-    finetuned,
+    tau,
+    bits,
     subspace_of,
     factors,
     sampled,
@@ -223,33 +226,36 @@ def _select(  # type: ignore[no-untyped-def]
     step,
     seed,
     start,
-    out,
-    kept,
+    positions,
+    values,
 ):
-    scratch = np.empty(1, np.float32)
-    bits = scratch.view(np.uint32)
+    kept = 0
     step32 = np.float32(step)
-    for i in range(base.size):
-        tau = finetuned[i] - base[i]
-        scratch[0] = abs(tau)
-        key = np.int64(bits[0] >> np.uint32(13))
+    for i in range(tau.size):
+        magnitude_bits = bits[i] & np.uint32(0x7FFFFFFF)
+        if magnitude_bits == 0:
+            continue
+        key = magnitude_bits >> np.uint32(KEY_SHIFT)
         m = subspace_of[key]
-        value = tau * factors[m]
         if sampled:
+            value = tau[i] * factors[m]
             probability = abs(np.float64(value)) / step if step > 0.0 else 1.0
-        elif key == boundary[m]:
-            probability = tie_share
         else:
-            probability = 1.0 if key > boundary[m] else 0.0
-        keep = tau != 0.0 and probability > 0.0
-        if keep and probability < 1.0:
+            if key < boundary[m]:
+                continue
+            value = tau[i] * factors[m]
+            probability = tie_share if key == boundary[m] else 1.0
+        if probability < 1.0:
             # splitmix64 of a counter: the top 53 bits are uniform on [0, 1)
             z = seed + np.uint64(start + i + 1) * np.uint64(0x9E3779B97F4A7C15)
             z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
             z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
             z = z ^ (z >> np.uint64(31))
-            keep = np.float64(z >> np.uint64(11)) * 1.1102230246251565e-16 < probability
-            if keep and sampled:
+            if np.float64(z >> np.uint64(11)) * 2.0**-53 >= probability:
+                continue
+            if sampled:
                 value = step32 if value > 0 else -step32
-        kept[i] = keep
-        out[i] = base[i] + value if keep else base[i]
+        positions[kept] = i
+        values[kept] = value
+        kept += 1
+    return kept

@@ -40,7 +40,9 @@ class Histogram:
 
         Returns False, the histogram then being of no use, where a difference is not finite.
         """
-        return bool(_count(base, finetuned, self.counts, self.sums))
+        with np.errstate(invalid="ignore", over="ignore"):
+            tau = finetuned - base
+        return bool(_count(tau, tau.view(np.uint32), self.counts, self.sums))
 
     def merge(self, other: Histogram) -> None:
         """Add the elements of ``other``."""
@@ -81,15 +83,12 @@ def subspace_edges(histogram: Histogram, top_shares: Sequence[float]) -> tuple[i
 
 
 @jit
-def _count(base, finetuned, counts, sums):  # type: ignore[no-untyped-def]
-    value = np.empty(1, np.float32)
-    as_int = value.view(np.uint32)
-    for i in range(base.size):
-        magnitude = abs(finetuned[i] - base[i])
-        value[0] = magnitude
-        if as_int[0] >= np.uint32(0x7F800000):
+def _count(tau, bits, counts, sums):  # type: ignore[no-untyped-def]
+    for i in range(tau.size):
+        magnitude_bits = bits[i] & np.uint32(0x7FFFFFFF)
+        if magnitude_bits >= np.uint32(0x7F800000):
             return False
-        key = as_int[0] >> np.uint32(13)
+        key = magnitude_bits >> np.uint32(KEY_SHIFT)
         counts[key] += 1
-        sums[key] += magnitude
+        sums[key] += abs(tau[i])
     return True

@@ -202,3 +202,44 @@ def test_ctrl_c_keeps_the_search_and_the_same_command_resumes(classifier_pair, t
     whole = json.loads((tmp_path / "whole.json").read_text())
     assert resumed == whole
     assert len(kept) < whole["search"]["evaluations"]
+
+
+def test_ctrl_c_while_packing_leaves_nothing(tiny, tmp_path, monkeypatch):
+    from nps_compress.format.writer import NpsWriter
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(NpsWriter, "add_tensor", interrupt)
+    line = fails("pack", *tiny, "-o", tmp_path / "t.nps", code=130)
+    assert line == "Error: interrupted; nothing was written"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "tuned"]
+
+
+def test_hub_id_in_the_local_cache(tiny, tmp_path):
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    for folder, name in zip(tiny, ("base", "law"), strict=True):
+        repository = tmp_path / "hub" / f"models--someone--{name}"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text(revision)
+        (repository / "snapshots").mkdir()
+        blobs = folder.rename(repository / "blobs")
+        snapshot = repository / "snapshots" / revision
+        snapshot.mkdir()
+        for blob in blobs.iterdir():
+            (snapshot / blob.name).symlink_to(blob)
+    task = tmp_path / "t.nps"
+    command = [sys.executable, "-m", "nps_compress.cli", "pack", "someone/base", "someone/law"]
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub")}
+    done = subprocess.run(
+        [*command, "-o", str(task)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert nps_compress.inspect(task)["base_name"] == "someone/base"
+
+
+def test_progress_is_for_terminals_only(tiny, tmp_path):
+    command = [sys.executable, "-m", "nps_compress.cli", "pack", *map(str, tiny), "-o"]
+    done = subprocess.run([*command, str(tmp_path / "t.nps")], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stderr == ""
