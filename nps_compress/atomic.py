@@ -77,7 +77,11 @@ def write_json(path: Path, value: Any, force: bool = False) -> None:
 
 
 def refuse_existing(path: Path, force: bool) -> None:
-    """Raise OutputExistsError where ``path`` exists and may not be overwritten."""
+    """Raise OutputExistsError where ``path`` exists and may not be overwritten.
+
+    Also raises WriteError where its folder does not exist: callers ask before long work.
+    """
+    _refuse_missing_parent(path)
     if path.is_dir():
         raise OutputExistsError(path, "is a directory")
     if path.exists() and not force:
@@ -87,7 +91,8 @@ def refuse_existing(path: Path, force: bool) -> None:
 def refuse_unrelated_content(
     path: Path, force: bool, may_replace: Callable[[str], bool] = lambda _: True
 ) -> None:
-    """Raise OutputExistsError where the folder ``path`` holds what may not be replaced."""
+    """As :func:`refuse_existing`, for a folder that may hold what must not be replaced."""
+    _refuse_missing_parent(path)
     if path.exists() and not path.is_dir():
         raise OutputExistsError(path, "exists and is not a directory")
     content = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
@@ -106,6 +111,11 @@ def os_errors_as_write_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         reason = "no space left on device" if error.errno == errno.ENOSPC else error.strerror
         raise WriteError(path, reason or str(error)) from error
+
+
+def _refuse_missing_parent(path: Path) -> None:
+    if not path.absolute().parent.is_dir():
+        raise WriteError(path, f"folder {path.parent} does not exist")
 
 
 def _sibling(path: Path) -> Path:

@@ -68,6 +68,14 @@ def data_digest(rows: Sequence[Row]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def check_fitness(name: str) -> FitnessName:
+    """The name of a fitness. Raises InvalidArgumentError for an unknown one."""
+    for known in FITNESSES:
+        if name == known:
+            return known
+    raise InvalidArgumentError("fitness", name, f"one of {', '.join(FITNESSES)}")
+
+
 def device() -> torch.device:
     """The CUDA device where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -96,15 +104,13 @@ class Fitness:
         self,
         finetuned: Path,
         rows: Sequence[Row],
-        name: FitnessName = "kl",
+        name: str = "kl",
         batch_size: int = 32,
         source: Path | str = "calibration data",
     ) -> None:
-        if name not in FITNESSES:
-            raise InvalidArgumentError("fitness", name, f"one of {', '.join(FITNESSES)}")
         if not rows:
             raise CalibrationError(source, "holds no examples")
-        self.name = name
+        self.name = check_fitness(name)
         self.source = source
         self.model, tokenizer, self.is_classifier = load_model(finetuned)
         if name == "accuracy" and not self.is_classifier:

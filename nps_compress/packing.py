@@ -85,12 +85,11 @@ def search_recipe(
     """
     out = Path(out)
     refuse_existing(out, force)
+    search = _Search(Path(calibration), fitness, generations, population, search_state(out))
     pair_ = pair(open_checkpoint(base), open_checkpoint(finetuned))
-    pruner = _counted(pair_, recipe, progress)
-    state = search_state(out)
-    found = _search(pruner, Path(calibration), fitness, generations, population, state, progress)
+    found = search.run(_counted(pair_, recipe, progress), progress)
     found.write(out, force)
-    state.unlink(missing_ok=True)
+    search.state.unlink(missing_ok=True)
     return found
 
 
@@ -128,19 +127,18 @@ def pack(
     refuse_existing(out, force)
     if lossless and (recipe is not None or calibration is not None):
         raise InvalidArgumentError("lossless", True, "used without recipe and calibration")
+    search = None
+    if calibration is not None:
+        search = _Search(Path(calibration), fitness, generations, population, search_state(out))
     pair_ = pair(open_checkpoint(base), open_checkpoint(finetuned))
     for name in (*pair_.base.tensors, *pair_.finetuned.tensors):
         check_name(name)
-    pruner, state = None, search_state(out)
-    if not lossless:
-        pruner = _counted(pair_, recipe or Recipe(), progress)
-        if calibration is not None:
-            pruner.recipe = _search(
-                pruner, Path(calibration), fitness, generations, population, state, progress
-            )
+    pruner = None if lossless else _counted(pair_, recipe or Recipe(), progress)
+    if pruner and search:
+        pruner.recipe = search.run(pruner, progress)
     report = _write(pair_, pruner, out, force, progress)
-    if calibration is not None:
-        state.unlink(missing_ok=True)
+    if search:
+        search.state.unlink(missing_ok=True)
     return report
 
 
@@ -151,31 +149,48 @@ def _counted(pair_: Pair, recipe: Recipe, progress: bool) -> Pruner:
     return pruner
 
 
-def _search(
-    pruner: Pruner,
-    calibration: Path,
-    name: str,
-    generations: int,
-    population: int | None,
-    state: Path,
-    progress: bool,
-) -> Recipe:
-    from nps_compress.fitness import FITNESSES, Fitness, data_digest, read_jsonl
-    from nps_compress.search import Progress, population_size
+class _Search:
+    """A search that is asked for: its data is read before anything slow begins."""
 
-    rows = read_jsonl(calibration)
-    if name not in FITNESSES:
-        raise InvalidArgumentError("fitness", name, f"one of {', '.join(FITNESSES)}")
-    fitness = Fitness(pruner.pair.finetuned.path, rows, name, source=calibration)
-    size = population or population_size(len(pruner.recipe.coefficients))
-    with bar(1 + generations * size, "searching", "candidate", progress) as advance:
+    def __init__(
+        self,
+        calibration: Path,
+        fitness: str,
+        generations: int,
+        population: int | None,
+        state: Path,
+    ) -> None:
+        from nps_compress.fitness import check_fitness, read_jsonl
 
-        def show(now: Progress) -> None:
-            advance(f"generation {now.generation}/{generations}, best {name} {now.best:.5g}")
+        self.rows = read_jsonl(calibration)
+        self.fitness = check_fitness(fitness)
+        self.calibration, self.state = calibration, state
+        self.generations, self.population = generations, population
 
-        return find_coefficients(
-            pruner, fitness, generations, population, state, data_digest(rows), show
-        )
+    def run(self, pruner: Pruner, progress: bool) -> Recipe:
+        """The pruner's recipe with the best coefficients found."""
+        from nps_compress.fitness import Fitness, data_digest
+        from nps_compress.search import Progress, population_size
+
+        folder = pruner.pair.finetuned.path
+        fitness = Fitness(folder, self.rows, self.fitness, source=self.calibration)
+        size = self.population or population_size(len(pruner.recipe.coefficients))
+        total = 1 + self.generations * size
+        with bar(total, "searching", "candidate", progress) as advance:
+
+            def show(now: Progress) -> None:
+                at = f"generation {now.generation}/{self.generations}"
+                advance(f"{at}, best {self.fitness} {now.best:.5g}")
+
+            return find_coefficients(
+                pruner,
+                fitness,
+                self.generations,
+                self.population,
+                self.state,
+                data_digest(self.rows),
+                show,
+            )
 
 
 def _budget(pair_: Pair) -> int:

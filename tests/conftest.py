@@ -12,7 +12,6 @@ ROOT = Path(__file__).resolve().parent.parent
 # `kernels/` at the root must never be importable as `kernels`: transformers would take it for
 # Hugging Face's package of that name.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
-os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -20,6 +19,9 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel module is imported
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
