@@ -12,7 +12,7 @@ import numpy as np
 
 from nps_compress import __version__
 from nps_compress._threads import bounded_map, workers
-from nps_compress.checkpoint import Pair
+from nps_compress.checkpoint import Pair, content_digest
 from nps_compress.dtypes import PRUNABLE, DType, Words, to_float32
 from nps_compress.errors import CheckpointError
 from nps_compress.prune import Selection, plan, prune, tensor_seed
@@ -179,7 +179,8 @@ def find_coefficients(
     identity = {
         "recipe": {**recipe.to_dict(), "top_shares": list(recipe.top_shares), "coefficients": None},
         "fitness": fitness.name,
-        "task_vector": pruner.histogram.fingerprint(),
+        "base": content_digest(pruner.pair.base),
+        "finetuned": content_digest(pruner.pair.finetuned),
         "calibration": data_digest,
     }
     result = search(

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from nps_compress.dtypes import BY_NAME, DType, Words
+from nps_compress.dtypes import BY_NAME, DType, Words, digest
 from nps_compress.errors import CheckpointError, PickleRefusedError
+from nps_compress.format.layout import MAX_RANK
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -75,6 +77,13 @@ class Checkpoint:
             raise CheckpointError(tensor.file, f"ends inside tensor {name!r}")
         return words
 
+    def read_side_file(self, name: str) -> bytes:
+        """The bytes of a side file. Raises CheckpointError."""
+        try:
+            return self.side_files[name].read_bytes()
+        except OSError as error:
+            raise CheckpointError(self.side_files[name], error.strerror or str(error)) from error
+
     @property
     def total_params(self) -> int:
         """Elements of all tensors."""
@@ -96,10 +105,18 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     Raises:
         CheckpointError: nothing usable there; PickleRefusedError: only pickled weights.
     """
+    try:
+        return _open(str(source))
+    except OSError as error:
+        raise CheckpointError(source, error.strerror or str(error)) from error
+
+
+def _open(source: str) -> Checkpoint:
     path = Path(source)
     name = path.resolve().name
     if not path.exists():
-        path, name = _cached_snapshot(str(source)), str(source)
+        path, name = _cached_snapshot(source), source
+    name = name.encode(errors="replace").decode()  # a folder's name need not be UTF-8
     if path.is_file():
         if path.suffix != ".safetensors":
             if any(path.match(pattern) for pattern in _PICKLES):
@@ -117,24 +134,28 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
 
 
 def pair(base: Checkpoint, finetuned: Checkpoint) -> Pair:
-    """Match tensors by name; where no name matches, try one prefix on either side ("bert.").
+    """Match tensors by name, or by name less or plus the prefix that matches the most ("bert.").
 
-    A tensor whose shape differs from its namesake's is not matched.
+    What a prefix leaves unmatched is matched by its own name. A tensor whose shape differs from
+    its namesake's is not matched.
 
     Raises:
         CheckpointError: the two share no tensor.
     """
-    names = _same_shape(base, finetuned, lambda name: name)
-    if not names:
-        for prefix in _prefixes(base, finetuned):
-            names = _same_shape(base, finetuned, lambda name, p=prefix: name.removeprefix(p))
-            if names:
-                break
-        else:
-            for prefix in _prefixes(finetuned, base):
-                names = _same_shape(base, finetuned, lambda name, p=prefix: p + name)
-                if names:
-                    break
+    spellings: list[Callable[[str], str]] = [lambda name: name]
+    for prefix in _prefixes(base, finetuned):
+        spellings.append(lambda name, p=prefix: name.removeprefix(p))  # type: ignore[misc]
+    for prefix in _prefixes(finetuned, base):
+        spellings.append(lambda name, p=prefix: p + name)  # type: ignore[misc]
+
+    def matched_elements(spelling: Callable[[str], str]) -> int:
+        return sum(finetuned.tensors[name].numel for name in _same_shape(base, finetuned, spelling))
+
+    names = _same_shape(base, finetuned, max(spellings, key=matched_elements))
+    used = set(names.values())
+    for name, base_name in _same_shape(base, finetuned, spellings[0]).items():
+        if name not in names and base_name not in used:
+            names[name] = base_name
     if not names:
         raise CheckpointError(
             finetuned.path, f"shares no tensor of the same name and shape with {base.path}"
@@ -142,7 +163,20 @@ def pair(base: Checkpoint, finetuned: Checkpoint) -> Pair:
     return Pair(base, finetuned, names)
 
 
-def _same_shape(base: Checkpoint, finetuned: Checkpoint, to_base) -> dict[str, str]:  # type: ignore[no-untyped-def]
+def content_digest(checkpoint: Checkpoint) -> str:
+    """SHA-256 over all tensors and side files, by name; reads the whole checkpoint."""
+    found = hashlib.sha256()
+    for name, tensor in checkpoint.tensors.items():
+        found.update(f"{name}\0{tensor.dtype.name}\0{tensor.shape}\0".encode())
+        found.update(digest(checkpoint.read(name)))
+    for name in sorted(checkpoint.side_files):
+        found.update(name.encode() + hashlib.sha256(checkpoint.read_side_file(name)).digest())
+    return found.hexdigest()
+
+
+def _same_shape(
+    base: Checkpoint, finetuned: Checkpoint, to_base: Callable[[str], str]
+) -> dict[str, str]:
     matched = {}
     for name, tensor in finetuned.tensors.items():
         other = base.tensors.get(to_base(name))
@@ -170,7 +204,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, OSError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
             raise CheckpointError(index, f"is not a shard index ({error})") from error
         for shard in shards:
             if not isinstance(shard, str) or Path(shard).name != shard:
@@ -198,7 +232,7 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
         with file.open("rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(size))
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise CheckpointError(file, f"is not a readable safetensors file ({error})") from error
     tensors = {}
     for name, fields in header.items():
@@ -207,6 +241,8 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
         dtype = BY_NAME.get(fields["dtype"])
         if dtype is None:
             raise CheckpointError(file, f"tensor {name!r} has unsupported dtype {fields['dtype']}")
+        if len(fields["shape"]) > MAX_RANK:
+            raise CheckpointError(file, f"tensor {name!r} has rank {len(fields['shape'])}")
         begin, end = fields["data_offsets"]
         tensors[name] = StoredTensor(
             name, dtype, tuple(fields["shape"]), file, 8 + size + begin, end - begin

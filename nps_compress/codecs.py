@@ -315,9 +315,9 @@ def _bitmask_decode(data, numel, counts, table, positions):  # type: ignore[no-u
         for k in range(8):
             positions[found + k] = np.uint32(8 * i) + table[byte, k]
         found += counts[byte]
-    if found and positions[found - 1] >= numel:
-        return _BAD_TAIL
-    return _OK if found == room else _BAD_POPCOUNT
+    if found != room:
+        return _BAD_POPCOUNT
+    return _BAD_TAIL if found and positions[found - 1] >= numel else _OK
 
 
 @jit
@@ -431,7 +431,7 @@ def _apply16(codec, low, high, positions, out):  # type: ignore[no-untyped-def]
         payload = np.uint16(low[i]) | (np.uint16(high[i]) << np.uint16(8))
         position = positions[i]
         if codec == 3:
-            zigzag = np.uint32(payload) + np.uint32(1)
+            zigzag = (np.uint32(payload) + np.uint32(1)) & np.uint32(0xFFFF)
             step = (zigzag >> np.uint32(1)) ^ (np.uint32(0) - (zigzag & np.uint32(1)))
             word = np.int32(np.int16(out[position]))
             word ^= (word >> np.int32(31)) & low_bits

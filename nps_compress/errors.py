@@ -11,6 +11,7 @@
     ├── FormatError               a .nps file breaks a rule of format_spec/SPEC.md
     ├── BaseMismatchError         the base is not the one the task was packed against
     ├── OutputExistsError         the output is there already
+    ├── OutOfMemoryError          a tensor or file does not fit into memory
     ├── WriteError                the output can't be written (disk full, no permission)
     └── SearchInterruptedError    the search was stopped; it can be resumed
 """
@@ -92,6 +93,14 @@ class OutputExistsError(NpsError):
     def __init__(self, path: Path | str, reason: str = "exists; pass --force to overwrite") -> None:
         self.path, self.reason = path, reason
         super().__init__(f"{path}: {reason}")
+
+
+class OutOfMemoryError(NpsError):
+    """Something the file describes does not fit into memory."""
+
+    def __init__(self, what: str, nbytes: int) -> None:
+        self.what, self.nbytes = what, nbytes
+        super().__init__(f"{what} does not fit into memory ({nbytes:,} bytes)")
 
 
 class WriteError(NpsError):

@@ -320,7 +320,6 @@ def _chunk_log2(numel: int, changed: int) -> int:
 def _side_files(base: Checkpoint, finetuned: Checkpoint) -> Iterator[tuple[str, bytes, bool]]:
     """Side files of the fine-tune by name: content, and whether the base's is to be used."""
     for name in sorted(finetuned.side_files):
-        data = finetuned.side_files[name].read_bytes()
-        other = base.side_files.get(name)
-        same = len(data) > ALWAYS_STORED_BYTES and other is not None and other.read_bytes() == data
-        yield name, data, same
+        data = finetuned.read_side_file(name)
+        large = len(data) > ALWAYS_STORED_BYTES
+        yield name, data, large and name in base.side_files and base.read_side_file(name) == data

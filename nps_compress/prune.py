@@ -8,7 +8,9 @@ the reweighted task vector. Two rules:
 ``sampled``
     keep each element with probability p = min(1, |t| / step), at t / p, that is at +-step where
     p < 1: unbiased, and of least variance for the expected number kept. Also known as stochastic
-    rounding of t to {0, +-step}.
+    rounding of t to {0, +-step}. What is kept is rounded to the base's dtype, and then moves the
+    base by d, not by step; the draw uses |t| / |d|, which keeps the expectation exact. (Where
+    |t| >= step the sum is rounded to nearest, exact unless the fine-tune is in a wider dtype.)
 
 Draws come from a counter: (seed, tensor name, position) fix the outcome, whatever the chunking.
 """
@@ -123,8 +125,8 @@ def prune(
     tau = after - before
     positions, values = np.empty(tau.size, np.uint32), np.empty(tau.size, np.float32)
     kept = _select(
+        before,
         tau,
-        tau.view(np.uint32),
         selection.subspace_of,
         selection.factors,
         selection.rule == "sampled",
@@ -133,12 +135,13 @@ def prune(
         selection.step,
         np.uint64(seed),
         start,
+        np.uint32(_DROPPED_BITS[dtype.name]),
+        np.float32(_LARGEST[dtype.name]),
         positions,
         values,
     )
-    here = positions[:kept]
     out = base.copy()
-    out[here] = round_float32(before[here] + values[:kept], dtype)
+    out[positions[:kept]] = round_float32(values[:kept], dtype)
     return out
 
 
@@ -214,10 +217,28 @@ def _step(
     return math.sqrt(low * high)
 
 
+# Mantissa bits that a float32 loses in each dtype, and the largest finite value of each.
+_DROPPED_BITS = {"F32": 0, "BF16": 16, "F16": 13}
+_LARGEST = {"F32": 3.4028234663852886e38, "BF16": 3.3895313892515355e38, "F16": 65504.0}
+
+
+@jit
+def _rounded(value, dropped):  # type: ignore[no-untyped-def]
+    """``value`` as :func:`round_float32` rounds it, still as float32."""
+    if dropped == 0:
+        return value
+    if dropped == 13 and abs(value) < np.float32(2.0**-14):  # subnormal in F16
+        return np.float32(np.rint(value * np.float32(2.0**24)) * np.float32(2.0**-24))
+    bits = np.float32(value).view(np.uint32)
+    half = (np.uint32(1) << (dropped - np.uint32(1))) - np.uint32(1)
+    bits += half + ((bits >> dropped) & np.uint32(1))
+    return np.uint32((bits >> dropped) << dropped).view(np.float32)
+
+
 @jit
 def _select(  # type: ignore[no-untyped-def]
+    before,
     tau,
-    bits,
     subspace_of,
     factors,
     sampled,
@@ -226,13 +247,15 @@ def _select(  # type: ignore[no-untyped-def]
     step,
     seed,
     start,
+    dropped,
+    largest,
     positions,
     values,
 ):
     kept = 0
     step32 = np.float32(step)
     for i in range(tau.size):
-        magnitude_bits = bits[i] & np.uint32(0x7FFFFFFF)
+        magnitude_bits = np.float32(tau[i]).view(np.uint32) & np.uint32(0x7FFFFFFF)
         if magnitude_bits == 0:
             continue
         key = magnitude_bits >> np.uint32(KEY_SHIFT)
@@ -245,17 +268,27 @@ def _select(  # type: ignore[no-untyped-def]
                 continue
             value = tau[i] * factors[m]
             probability = tie_share if key == boundary[m] else 1.0
+        wanted = abs(np.float64(value))
+        draw = -1.0
         if probability < 1.0:
             # splitmix64 of a counter: the top 53 bits are uniform on [0, 1)
             z = seed + np.uint64(start + i + 1) * np.uint64(0x9E3779B97F4A7C15)
             z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
             z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
             z = z ^ (z >> np.uint64(31))
-            if np.float64(z >> np.uint64(11)) * 2.0**-53 >= probability:
+            draw = np.float64(z >> np.uint64(11)) * 2.0**-53
+            # A step is at most 1.5 times what is left of it after rounding, unless nothing is.
+            if draw >= (1.5 * probability if sampled else probability):
                 continue
             if sampled:
                 value = step32 if value > 0 else -step32
+        word = _rounded(before[i] + value, dropped)
+        moved = abs(np.float64(word) - np.float64(before[i]))
+        if moved == 0.0 or not abs(word) <= largest:
+            continue
+        if sampled and draw >= 0.0 and draw * moved >= wanted:
+            continue
         positions[kept] = i
-        values[kept] = value
+        values[kept] = word
         kept += 1
     return kept

@@ -13,7 +13,12 @@ import numpy.typing as npt
 from nps_compress._threads import workers
 from nps_compress.codecs import ValueCodec, apply_payload
 from nps_compress.dtypes import Words, digest
-from nps_compress.errors import BaseMismatchError, FormatError, InvalidArgumentError
+from nps_compress.errors import (
+    BaseMismatchError,
+    FormatError,
+    InvalidArgumentError,
+    OutOfMemoryError,
+)
 from nps_compress.format.layout import Op
 from nps_compress.format.reader import NpsReader
 from nps_compress.format.records import TensorEntry, printable
@@ -88,7 +93,11 @@ class Task:
         """
         entry = self.entry(name)
         if base is None:
-            base = np.empty(entry.numel, entry.dtype.word)
+            try:
+                base = np.empty(entry.numel, entry.dtype.word)
+            except MemoryError:
+                nbytes = entry.numel * entry.dtype.itemsize
+                raise OutOfMemoryError(f"tensor {name!r}", nbytes) from None
         elif not in_place and entry.op is Op.COPY:
             return base.copy()
         out = base if in_place else np.empty_like(base)

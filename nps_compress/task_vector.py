@@ -7,7 +7,6 @@ asks, so no candidate of a search ever sorts the weights.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,7 +41,7 @@ class Histogram:
         """
         with np.errstate(invalid="ignore", over="ignore"):
             tau = finetuned - base
-        return bool(_count(tau, tau.view(np.uint32), self.counts, self.sums))
+        return bool(_count(tau, self.counts, self.sums))
 
     def merge(self, other: Histogram) -> None:
         """Add the elements of ``other``."""
@@ -53,10 +52,6 @@ class Histogram:
     def numel(self) -> int:
         """Elements counted, zeros included."""
         return int(self.counts.sum())
-
-    def fingerprint(self) -> str:
-        """SHA-256 of the counts: equal for equal task vectors, whatever their names."""
-        return hashlib.sha256(self.counts.tobytes()).hexdigest()
 
 
 def key_of(magnitude: float) -> int:
@@ -83,9 +78,9 @@ def subspace_edges(histogram: Histogram, top_shares: Sequence[float]) -> tuple[i
 
 
 @jit
-def _count(tau, bits, counts, sums):  # type: ignore[no-untyped-def]
+def _count(tau, counts, sums):  # type: ignore[no-untyped-def]
     for i in range(tau.size):
-        magnitude_bits = bits[i] & np.uint32(0x7FFFFFFF)
+        magnitude_bits = np.float32(tau[i]).view(np.uint32) & np.uint32(0x7FFFFFFF)
         if magnitude_bits >= np.uint32(0x7F800000):
             return False
         key = magnitude_bits >> np.uint32(KEY_SHIFT)

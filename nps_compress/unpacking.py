@@ -201,17 +201,22 @@ def _mismatch(task: Task, base: Checkpoint, tensor: str, difference: str) -> Bas
 def _side_files(task: Task, base: Checkpoint) -> Iterator[tuple[str, bytes]]:
     """Side files of the fine-tune. Only names that this program knows are ever written."""
     for entry in task.reader.files:
-        if entry.name not in SIDE_FILES:
-            continue
         if entry.op is Op.NEW:
-            yield entry.name, task.reader.read_file(entry)
+            data = task.reader.read_file(entry)
+        elif entry.name not in SIDE_FILES:
             continue
-        source = base.side_files.get(entry.name)
-        data = source.read_bytes() if source else b""
-        if hashlib.sha256(data).digest() != entry.sha256:
-            difference = "has another content" if source else "is missing"
-            raise BaseMismatchError(base.path, f"file {entry.name!r}", difference, task.base_name)
-        yield entry.name, data
+        else:
+            if entry.name not in base.side_files:
+                raise _wrong_file(task, base, entry.name, "is missing")
+            data = base.read_side_file(entry.name)
+            if (len(data), hashlib.sha256(data).digest()) != (entry.numel, entry.sha256):
+                raise _wrong_file(task, base, entry.name, "has another content")
+        if entry.name in SIDE_FILES:
+            yield entry.name, data
+
+
+def _wrong_file(task: Task, base: Checkpoint, name: str, difference: str) -> BaseMismatchError:
+    return BaseMismatchError(base.path, f"file {name!r}", difference, task.base_name)
 
 
 def _is_ours(name: str) -> bool:

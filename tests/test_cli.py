@@ -181,7 +181,14 @@ def test_ctrl_c_keeps_the_search_and_the_same_command_resumes(classifier_pair, t
         *("--generations", "40", "--subspaces", "3"),
     ]
     command = [sys.executable, "-m", "nps_compress.cli", *map(str, arguments)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        # A shell's background jobs hand down an ignored SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     state = out.with_name("r.json.search.json")
     deadline = time.monotonic() + 120
     while not state.exists() or len(json.loads(state.read_text())["fitness"]) < 5:

@@ -170,3 +170,50 @@ def test_density_out_of_range(vectors, density):
 def test_bad_coefficients(vectors, coefficients):
     with pytest.raises(InvalidArgumentError, match="coefficients"):
         plan(histogram_of(*vectors), "magnitude", 0.1, (0.5,), coefficients)
+
+
+@pytest.mark.parametrize("density", [0.1, 0.15, 0.3])
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=["BF16", "F16"])
+def test_sampled_stays_unbiased_after_rounding(dtype, density, rng):
+    base = round_float32(rng.uniform(0.5, 4, N).astype(np.float32), dtype)
+    move = rng.integers(-3, 4, N).astype(np.int64)  # steps between neighbouring floats
+    tuned = (base.astype(np.int64) + move).astype(np.uint16)
+    before, after = to_float32(base, dtype), to_float32(tuned, dtype)
+    selection = plan(histogram_of(before, after), "sampled", density)
+    total = np.zeros(N)
+    draws = 60
+    for seed in range(draws):
+        out = prune(selection, base, dtype, tuned, dtype, tensor_seed(seed, "w"))
+        total += to_float32(out, dtype).astype(np.float64) - before
+    tau = (after - before).astype(np.float64)
+    for sign in (-1, 1):  # a bias of rounding would have the sign of the change
+        here = np.sign(tau) == sign
+        mean = total[here].sum() / draws
+        noise = np.sqrt((np.abs(tau[here]) * selection.step * 1.5).sum() / draws)
+        assert abs(mean - tau[here].sum()) < 4 * noise
+        assert 4 * noise < 0.01 * abs(tau[here].sum())
+
+
+@pytest.mark.parametrize("rule", ["magnitude", "sampled"])
+def test_nothing_finite_becomes_infinite(rule):
+    base = round_float32(np.full(4000, 65000, np.float32), F16)
+    tuned = round_float32(np.full(4000, 65472, np.float32), F16)
+    histogram = histogram_of(to_float32(base, F16), to_float32(tuned, F16))
+    out = prune(plan(histogram, rule, 0.01), base, F16, tuned, F16, 0)
+    assert np.isfinite(to_float32(out, F16)).all()
+    wide = np.full(1000, 1e5, np.float32)
+    zero = np.zeros(1000, np.float32)
+    selection = plan(histogram_of(zero, wide), rule, 1.0)
+    out = prune(
+        selection, zero.astype(np.float16).view(np.uint16), F16, wide.view(np.uint32), F32, 0
+    )
+    assert np.isfinite(to_float32(out, F16)).all()
+
+
+def test_rounding_inside_the_kernel_is_the_rounding_outside(rng):
+    from nps_compress.prune import _rounded
+
+    values = (rng.normal(0, 1, 20_000) * 2.0 ** rng.integers(-30, 15, 20_000)).astype(np.float32)
+    for dtype, dropped in ((BF16, 16), (F16, 13), (F32, 0)):
+        inside = np.array([_rounded(v, np.uint32(dropped)) for v in values], np.float32)
+        assert np.array_equal(inside, to_float32(round_float32(values, dtype), dtype))

@@ -22,9 +22,13 @@ MIN_CHUNK_LOG2, MAX_CHUNK_LOG2 = 10, 24
 MAX_RANK = 8
 MAX_NAME_BYTES = 512
 MAX_NUMEL = 2**48
-MAX_RECORDS = 2**20  # of each of the base, tensor and file tables
+MAX_RECORDS = 2**20  # of the base and tensor tables each
 MAX_INDEX_BYTES = 2**30
 MAX_METADATA_BYTES = 2**20
+MAX_FILES, MAX_FILE_BYTES = 64, 2**26
+# A zstd block of 128 KiB takes at least 4 bytes.
+MAX_ZSTD_RATIO = 2**15
+RESERVED_NAME = "__metadata__"  # safetensors keeps its own metadata under this name
 # Digests do not compress, so an honest index shrinks less than this; a bomb would shrink more.
 MAX_INDEX_RATIO, INDEX_RATIO_SLACK = 16, 2**16
 NO_BASE = 0xFFFFFFFF

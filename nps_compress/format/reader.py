@@ -13,7 +13,7 @@ import math
 import os
 import threading
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -35,6 +35,8 @@ from nps_compress.format.records import (
     has_control_characters,
 )
 from nps_compress.format.writer import FILE_NAME
+
+Record = dict[str, int]
 
 _CHANGING_CODECS = (ValueCodec.REPLACE, ValueCodec.XOR, ValueCodec.ULP)
 
@@ -214,7 +216,7 @@ class NpsReader:
                 self._fail("T-INDEXSIZE", f"raw index of {raw_bytes} bytes stored in {stored}")
         elif compression != IndexCompression.ZSTD:
             self._fail("T-COMPRESSION", f"unknown index compression {compression}")
-        elif raw_bytes > layout.MAX_INDEX_RATIO * stored + layout.INDEX_RATIO_SLACK:
+        elif not (stored < raw_bytes <= layout.MAX_INDEX_RATIO * stored + layout.INDEX_RATIO_SLACK):
             self._fail("T-INDEXSIZE", f"index of {raw_bytes} bytes stored in {stored}")
         index = self._pread(offset, stored)
         if hashlib.sha256(index).digest() != footer["index_sha256"].tobytes():
@@ -233,8 +235,9 @@ class NpsReader:
             for name in ("base_records", "tensor_records", "file_records", "chunk_records")
         }
         heap_bytes, metadata_bytes = int(head["heap_bytes"]), int(head["metadata_bytes"])
-        for name in ("base_records", "tensor_records", "file_records"):
-            if counts[name] > layout.MAX_RECORDS:
+        limits = (layout.MAX_RECORDS, layout.MAX_RECORDS, layout.MAX_FILES)
+        for name, limit in zip(counts, limits, strict=False):
+            if counts[name] > limit:
                 self._fail("I-COUNT", f"{counts[name]} {name.replace('_', ' ')}")
         sizes = (
             layout.INDEX_HEAD.itemsize,
@@ -267,9 +270,9 @@ class NpsReader:
         names = self._names(heap, records)
         self._check_shapes(records, names)
         self.base = tuple(
-            BaseTensor(name, dtype, shape, record["sha256"].tobytes())
-            for name, record, (dtype, shape) in zip(
-                names[0], base, map(_dtype_and_shape, base), strict=True
+            BaseTensor(name, dtype, shape, sha256)
+            for name, (dtype, shape), sha256 in zip(
+                names[0], _dtypes_and_shapes(base), _digests(base), strict=True
             )
         )
         self.tensors = self._check_tensors(tensors, names[1])
@@ -303,6 +306,9 @@ class NpsReader:
                 names.append(name)
                 previous = raw
             result.append(names)
+        for name in (*result[0], *result[1]):
+            if name == layout.RESERVED_NAME:
+                self._fail("N-RESERVED", f"a tensor has the reserved name {name!r}")
         for name in result[2]:
             if not FILE_NAME.fullmatch(name):
                 self._fail("N-FILE", f"file name {name!r}")
@@ -312,13 +318,12 @@ class NpsReader:
         self, tables: tuple[npt.NDArray[np.void], ...], names: tuple[list[str], ...]
     ) -> None:
         for table, table_names in zip(tables, names, strict=True):
-            for record, name in zip(table, table_names, strict=True):
-                if int(record["dtype"]) not in BY_CODE:
-                    self._fail("S-DTYPE", f"{name!r} has unknown dtype {record['dtype']}")
-                rank = int(record["rank"])
+            columns = (table[field].tolist() for field in ("dtype", "rank", "shape"))
+            for name, code, rank, dims in zip(table_names, *columns, strict=True):
+                if code not in BY_CODE:
+                    self._fail("S-DTYPE", f"{name!r} has unknown dtype {code}")
                 if rank > layout.MAX_RANK:
                     self._fail("S-RANK", f"{name!r} has rank {rank}")
-                dims = record["shape"].tolist()
                 if any(dims[rank:]):
                     self._fail("S-DIM", f"{name!r} has dimensions past its rank")
                 if math.prod(max(dim, 1) for dim in dims[:rank]) > layout.MAX_NUMEL:
@@ -328,11 +333,9 @@ class NpsReader:
         self, table: npt.NDArray[np.void], names: list[str]
     ) -> tuple[TensorEntry, ...]:
         entries = []
-        for record, name in zip(table, names, strict=True):
+        for name, record, (dtype, shape), sha256 in _rows(table, names):
             op = self._op(record, name)
-            dtype, shape = _dtype_and_shape(record)
-            index: int | None = int(record["base_index"])
-            sha256 = record["sha256"].tobytes()
+            index: int | None = record["base_index"]
             if op is Op.NEW:
                 if index != layout.NO_BASE:
                     self._fail("R-BASE", f"new tensor {name!r} names a base tensor")
@@ -351,7 +354,7 @@ class NpsReader:
                 sha256 = self.base[index].sha256
             codec = self._value_codec(record, name, op, dtype)
             entries.append(
-                TensorEntry(name, dtype, shape, op, codec, int(record["chunk_log2"]), index, sha256)
+                TensorEntry(name, dtype, shape, op, codec, record["chunk_log2"], index, sha256)
             )
         return tuple(entries)
 
@@ -359,29 +362,29 @@ class NpsReader:
         self, table: npt.NDArray[np.void], names: list[str]
     ) -> tuple[TensorEntry, ...]:
         entries = []
-        for record, name in zip(table, names, strict=True):
+        for name, record, (dtype, shape), sha256 in _rows(table, names):
             op = self._op(record, name)
-            dtype, shape = _dtype_and_shape(record)
             if op is Op.DELTA or dtype.name != "U8" or len(shape) != 1:
                 self._fail("R-FILE", f"file {name!r} must be one row of bytes, new or the base's")
+            if shape[0] > layout.MAX_FILE_BYTES:
+                self._fail("R-FILE", f"file {name!r} has {shape[0]} bytes")
             if record["base_index"] != layout.NO_BASE:
                 self._fail("R-BASE", f"file {name!r} names a base tensor")
             codec = self._value_codec(record, name, op, dtype)
-            sha256 = record["sha256"].tobytes()
-            chunk_log2 = int(record["chunk_log2"])
+            chunk_log2 = record["chunk_log2"]
             entries.append(TensorEntry(name, dtype, shape, op, codec, chunk_log2, None, sha256))
         return tuple(entries)
 
-    def _op(self, record: np.void, name: str) -> Op:
-        if record["reserved0"] or record["reserved1"] or record["reserved2"].any():
+    def _op(self, record: Record, name: str) -> Op:
+        if record["reserved"]:
             self._fail("R-RESERVED", f"reserved bytes of {name!r} are not zero")
         try:
-            return Op(int(record["op"]))
+            return Op(record["op"])
         except ValueError:
             self._fail("R-OP", f"{name!r} has unknown op {record['op']}")
 
-    def _value_codec(self, record: np.void, name: str, op: Op, dtype: DType) -> ValueCodec:
-        code, chunk_log2 = int(record["value_codec"]), int(record["chunk_log2"])
+    def _value_codec(self, record: Record, name: str, op: Op, dtype: DType) -> ValueCodec:
+        code, chunk_log2 = record["value_codec"], record["chunk_log2"]
         allowed: tuple[ValueCodec, ...] = {
             Op.COPY: (ValueCodec.NONE,),
             Op.NEW: (ValueCodec.REPLACE,),
@@ -448,7 +451,7 @@ class NpsReader:
                 fits &= raw[here] % 2 == 0
             self._check(fits, "C-MASKSIZE", "has a mask of an impossible size")
         self._check(
-            np.where(chunks["mask_compressed"] == 1, (stored > 0) & (stored < raw), stored == raw),
+            np.where(chunks["mask_compressed"] == 1, _plausible(stored, raw), stored == raw),
             "C-STORED",
             "has a mask stored in an impossible size",
         )
@@ -456,7 +459,7 @@ class NpsReader:
             size = chunks["plane_stored_bytes"][:, plane].astype(np.int64)
             used = plane < itemsize
             shrunk = (chunks["planes_compressed"] >> plane & 1).astype(bool)
-            expected = np.where(shrunk, (size > 0) & (size < nnz), size == nnz)
+            expected = np.where(shrunk, _plausible(size, nnz), size == nnz)
             self._check(
                 np.where(used, expected, size == 0),
                 "C-STORED",
@@ -497,5 +500,34 @@ def _refuse(constant: str) -> NoReturn:
     raise ValueError(constant)
 
 
-def _dtype_and_shape(record: np.void) -> tuple[DType, tuple[int, ...]]:
-    return BY_CODE[int(record["dtype"])], tuple(record["shape"][: int(record["rank"])].tolist())
+def _dtypes_and_shapes(
+    table: npt.NDArray[np.void],
+) -> Iterator[tuple[DType, tuple[int, ...]]]:
+    columns = (table[field].tolist() for field in ("dtype", "rank", "shape"))
+    for code, rank, dims in zip(*columns, strict=True):
+        yield BY_CODE[code], tuple(dims[:rank])
+
+
+def _rows(
+    table: npt.NDArray[np.void], names: list[str]
+) -> Iterator[tuple[str, Record, tuple[DType, tuple[int, ...]], bytes]]:
+    """Tensor or file records as Python values, a table at a time: a scalar at a time is slow."""
+    reserved = (
+        (table["reserved0"] != 0) | (table["reserved1"] != 0) | table["reserved2"].any(axis=1)
+    )
+    fields = ("op", "value_codec", "chunk_log2", "base_index")
+    columns = [*(table[field].tolist() for field in fields), reserved.tolist()]
+    for name, values, typed, sha256 in zip(
+        names, zip(*columns, strict=True), _dtypes_and_shapes(table), _digests(table), strict=True
+    ):
+        yield name, dict(zip((*fields, "reserved"), values, strict=True)), typed, sha256
+
+
+def _digests(table: npt.NDArray[np.void]) -> Iterator[bytes]:
+    raw = table["sha256"].tobytes()
+    return (raw[start : start + 32] for start in range(0, len(raw), 32))
+
+
+def _plausible(stored: npt.NDArray[np.int64], raw: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Whether zstd can have made ``stored`` bytes of ``raw``."""
+    return (stored > 0) & (stored < raw) & (raw <= layout.MAX_ZSTD_RATIO * stored)

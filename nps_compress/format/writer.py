@@ -42,9 +42,8 @@ class NpsWriter:
         header["crc32"] = zlib.crc32(header.tobytes()[:-4])
         stream.write(header.tobytes())
 
-    def add_chunks(self, chunks: Iterable[EncodedChunk]) -> int:
-        """Write chunks of the tensor that the next ``add_tensor`` names. Returns bytes written."""
-        start = self._offset
+    def add_chunks(self, chunks: Iterable[EncodedChunk]) -> None:
+        """Write chunks of the tensor that the next ``add_tensor`` names."""
         for chunk in chunks:
             data = chunk.data
             record = np.zeros((), layout.CHUNK_RECORD)
@@ -60,7 +59,6 @@ class NpsWriter:
             padded = layout.aligned(len(data))
             self._stream.write(data + bytes(padded - len(data)))
             self._offset += padded
-        return self._offset - start
 
     def add_tensor(self, entry: TensorEntry) -> None:
         """Record a tensor whose chunks have been written."""
@@ -73,7 +71,7 @@ class NpsWriter:
         words = np.frombuffer(data, np.uint8)
         for start in range(0, len(data), 1 << chunk_log2):
             part = words[start : start + (1 << chunk_log2)]
-            stored, smaller = compress_if_smaller(part.tobytes(), level=19)
+            stored, smaller = compress_if_smaller(part.tobytes(), level=9)
             self.add_chunks(
                 [EncodedChunk(len(part), MaskCodec.FULL, 0, False, b"", smaller, (stored,))]
             )
@@ -84,6 +82,8 @@ class NpsWriter:
         self._add_file(name, Op.COPY, len(data), hashlib.sha256(data).digest(), 0)
 
     def _add_file(self, name: str, op: Op, size: int, sha256: bytes, chunk_log2: int) -> None:
+        if size > layout.MAX_FILE_BYTES:
+            raise InvalidArgumentError(f"size of {name}", size, "at most 64 MiB")
         if not FILE_NAME.fullmatch(name):
             raise InvalidArgumentError("file name", name, "letters, digits, dot, dash, underscore")
         codec = ValueCodec.REPLACE if op is Op.NEW else ValueCodec.NONE
@@ -122,6 +122,9 @@ class NpsWriter:
         ).encode()
         if len(meta) > layout.MAX_METADATA_BYTES:
             raise InvalidArgumentError("metadata", f"{len(meta)} bytes", "at most 1 MiB of JSON")
+        for table in (base, self._tensors):
+            if len(table) > layout.MAX_RECORDS:
+                raise InvalidArgumentError("tensors", len(table), f"{layout.MAX_RECORDS} at most")
         head = np.zeros((), layout.INDEX_HEAD)
         head["base_records"], head["tensor_records"] = len(base), len(self._tensors)
         head["file_records"], head["chunk_records"] = len(self._files), len(self._chunks)
@@ -146,6 +149,8 @@ def check_name(name: str) -> None:
         raise InvalidArgumentError(
             "tensor name", name, f"1 to {layout.MAX_NAME_BYTES} bytes without control characters"
         )
+    if name == layout.RESERVED_NAME:
+        raise InvalidArgumentError("tensor name", name, "another: safetensors reserves this one")
 
 
 def _base_record(tensor: BaseTensor) -> bytes:
