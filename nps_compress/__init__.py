@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         FormatError,
         InvalidArgumentError,
         NpsError,
+        OutOfMemoryError,
         OutputExistsError,
         PickleRefusedError,
         RecipeError,
@@ -27,9 +28,10 @@ if TYPE_CHECKING:
         WriteError,
     )
     from nps_compress.inspection import inspect
-    from nps_compress.packing import PackReport, pack, search_recipe
+    from nps_compress.packing import PackReport, pack
     from nps_compress.recipe import Recipe
     from nps_compress.reconstruct import Task, rebuild
+    from nps_compress.searching import search_recipe
     from nps_compress.unpacking import UnpackReport, VerifyReport, unpack, verify
     from nps_compress.unpacking import open_task as open
 
@@ -42,6 +44,7 @@ _HOME = {
     "FormatError": "errors",
     "InvalidArgumentError": "errors",
     "NpsError": "errors",
+    "OutOfMemoryError": "errors",
     "OutputExistsError": "errors",
     "PackReport": "packing",
     "PickleRefusedError": "errors",
@@ -56,36 +59,12 @@ _HOME = {
     "open": "unpacking.open_task",
     "pack": "packing",
     "rebuild": "reconstruct",
-    "search_recipe": "packing",
+    "search_recipe": "searching",
     "unpack": "unpacking",
     "verify": "unpacking",
 }
 
-__all__ = [
-    "BaseMismatchError",
-    "CalibrationError",
-    "CheckpointError",
-    "FormatError",
-    "InvalidArgumentError",
-    "NpsError",
-    "OutputExistsError",
-    "PackReport",
-    "PickleRefusedError",
-    "Recipe",
-    "RecipeError",
-    "SearchInterruptedError",
-    "Task",
-    "UnpackReport",
-    "VerifyReport",
-    "WriteError",
-    "inspect",
-    "open",
-    "pack",
-    "rebuild",
-    "search_recipe",
-    "unpack",
-    "verify",
-]
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:

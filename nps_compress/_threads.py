@@ -33,7 +33,7 @@ def bounded_map(
         try:
             for item in items:
                 price = cost(item)
-                while pending and in_work + price > budget:
+                while pending and (in_work + price > budget or len(pending) >= 4 * workers()):
                     future, paid = pending.popleft()
                     yield future.result()
                     in_work -= paid

@@ -8,7 +8,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,6 +23,7 @@ def atomic_file(path: Path, force: bool = False) -> Iterator[BinaryIO]:
         OutputExistsError: ``path`` exists and ``force`` is False.
         WriteError: the operating system refused; the temporary file is gone.
     """
+    path = _resolved(path)
     refuse_existing(path, force)
     temporary = _sibling(path)
     try:
@@ -51,6 +52,7 @@ def atomic_directory(
     Raises:
         OutputExistsError, WriteError: as for :func:`atomic_file`.
     """
+    path = _resolved(path)
     refuse_unrelated_content(path, force, may_replace)
     temporary = _sibling(path)
     try:
@@ -76,26 +78,37 @@ def write_json(path: Path, value: Any, force: bool = False) -> None:
         stream.write((json.dumps(value, indent=2) + "\n").encode())
 
 
+def refuse_input_as_output(out: Path, inputs: Iterable[Path]) -> None:
+    """Raise OutputExistsError where writing ``out`` would replace what is read, force or not."""
+    target = out.resolve()
+    for path in inputs:
+        source = path.resolve()
+        if target == source or target in source.parents:
+            raise OutputExistsError(out, f"would replace the input {path}")
+
+
 def refuse_existing(path: Path, force: bool) -> None:
     """Raise OutputExistsError where ``path`` exists and may not be overwritten.
 
     Also raises WriteError where its folder does not exist: callers ask before long work.
     """
-    _refuse_missing_parent(path)
-    if path.is_dir():
-        raise OutputExistsError(path, "is a directory")
-    if path.exists() and not force:
-        raise OutputExistsError(path)
+    with os_errors_as_write_errors(path):
+        _refuse_missing_parent(path)
+        if path.is_dir():
+            raise OutputExistsError(path, "is a directory")
+        if path.exists() and not force:
+            raise OutputExistsError(path)
 
 
 def refuse_unrelated_content(
     path: Path, force: bool, may_replace: Callable[[str], bool] = lambda _: True
 ) -> None:
     """As :func:`refuse_existing`, for a folder that may hold what must not be replaced."""
-    _refuse_missing_parent(path)
-    if path.exists() and not path.is_dir():
-        raise OutputExistsError(path, "exists and is not a directory")
-    content = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
+    with os_errors_as_write_errors(path):
+        _refuse_missing_parent(path)
+        if path.exists() and not path.is_dir():
+            raise OutputExistsError(path, "exists and is not a directory")
+        content = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
     if content and not force:
         raise OutputExistsError(path, "exists and is not empty; pass --force to overwrite")
     foreign = [name for name in content if not may_replace(name)]
@@ -116,6 +129,12 @@ def os_errors_as_write_errors(path: Path) -> Iterator[None]:
 def _refuse_missing_parent(path: Path) -> None:
     if not path.absolute().parent.is_dir():
         raise WriteError(path, f"folder {path.parent} does not exist")
+
+
+def _resolved(path: Path) -> Path:
+    """Where a link leads: it is what is there that is replaced, not the link."""
+    with os_errors_as_write_errors(path):
+        return path.resolve()
 
 
 def _sibling(path: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -18,7 +19,7 @@ from nps_compress.errors import CheckpointError
 from nps_compress.prune import Selection, plan, prune, tensor_seed
 from nps_compress.recipe import Recipe
 from nps_compress.search import Progress, search
-from nps_compress.task_vector import Histogram
+from nps_compress.task_vector import HISTOGRAM_BYTES, Histogram
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +67,10 @@ class Pruner:
         def run(name: str) -> Histogram | None:
             return histogram_of(*self.load(name))
 
-        results = bounded_map(run, self._candidates, lambda n: 2 * tensors[n].nbytes, budget)
+        def cost(name: str) -> int:
+            return 2 * tensors[name].nbytes + HISTOGRAM_BYTES
+
+        results = bounded_map(run, self._candidates, cost, budget)
         for name, histogram in zip(self._candidates, results, strict=True):
             if histogram is not None:
                 self.names.append(name)
@@ -176,6 +180,11 @@ def find_coefficients(
         return fitness.score()
 
     finetuned_fitness = fitness.score()
+    if not math.isfinite(finetuned_fitness):
+        raise CheckpointError(
+            pruner.pair.finetuned.path,
+            f"has a {fitness.name} of {finetuned_fitness} on the calibration data",
+        )
     identity = {
         "recipe": {**recipe.to_dict(), "top_shares": list(recipe.top_shares), "coefficients": None},
         "fitness": fitness.name,
@@ -200,8 +209,8 @@ def find_coefficients(
             "tool": f"nps-compress {__version__}",
             "fitness": fitness.name,
             "finetuned": finetuned_fitness,
-            "start": result.start_fitness,
-            "best": result.fitness,
+            "start": _finite(result.start_fitness),
+            "best": _finite(result.fitness),
             "evaluations": sum(map(len, result.history)),
             "generations": len(result.history) - 1,
             "calibration_sha256": data_digest,
@@ -210,6 +219,11 @@ def find_coefficients(
     )
 
 
-def _running_best(history: Sequence[Sequence[float]]) -> list[float]:
+def _running_best(history: Sequence[Sequence[float]]) -> list[float | None]:
     best = np.maximum.accumulate([max(generation) for generation in history])
-    return [float(value) for value in best]
+    return [_finite(float(value)) for value in best]
+
+
+def _finite(value: float) -> float | None:
+    """The value, or None (JSON's null) for a candidate that broke the model."""
+    return value if math.isfinite(value) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -35,6 +36,8 @@ class _Group(click.Group):
             raise _Interrupted(str(error)) from None
         except NpsError as error:
             raise click.ClickException(str(error)) from None
+        except OSError as error:
+            raise click.ClickException(" ".join(str(error).split())) from None
         except KeyboardInterrupt:
             raise _Interrupted("interrupted; nothing was written") from None
 
@@ -175,6 +178,9 @@ def pack(
 
     _refuse_together(ctx, "--lossless", lossless, {*options, "calibration", "recipe_path"})
     _refuse_together(ctx, "--recipe", recipe_path, {*options, "calibration"})
+    if calibration is None:
+        for option in _given(ctx, {"fitness", "subspaces", "cuts", "generations", "population"}):
+            raise click.UsageError(f"{option} needs --calibration")
     recipe = None
     if recipe_path:
         recipe = Recipe.read(recipe_path)
@@ -246,7 +252,7 @@ def search(
       nps-compress search base/ law/ -o law.json --calibration law.jsonl
       nps-compress pack base/ law/ -o law.nps --recipe law.json
     """
-    from nps_compress.packing import search_recipe
+    from nps_compress.searching import search_recipe
 
     recipe = search_recipe(
         base,
@@ -291,7 +297,9 @@ def unpack(
     """
     from nps_compress.unpacking import unpack as run
 
-    shard_bytes = int(max_shard_size * 1e9)
+    if not 0 < max_shard_size < math.inf:
+        raise click.BadParameter(f"{max_shard_size} GB", param_hint="--max-shard-size")
+    shard_bytes = max(int(max_shard_size * 1e9), 1)
     report = run(base, task, output, max_shard_bytes=shard_bytes, force=force, progress=True)
     if as_json:
         _print_json({**asdict(report), "path": str(report.path)})
@@ -385,12 +393,18 @@ def _recipe(options: dict[str, Any], searched: bool) -> Recipe:
 
 def _refuse_together(ctx: click.Context, flag: str, given: object, others: set[str]) -> None:
     """A choice that settles everything else must not silently override what was asked for."""
-    if not given:
-        return
-    for param in ctx.command.params:
-        source = ctx.get_parameter_source(param.name or "")
-        if param.name in others and source is click.core.ParameterSource.COMMANDLINE:
-            raise click.UsageError(f"{param.opts[-1]} can't be used with {flag}")
+    for option in _given(ctx, others) if given else ():
+        raise click.UsageError(f"{option} can't be used with {flag}")
+
+
+def _given(ctx: click.Context, names: set[str]) -> list[str]:
+    """Those of the named options that were given on the command line."""
+    return [
+        param.opts[-1]
+        for param in ctx.command.params
+        if param.name in names
+        and ctx.get_parameter_source(param.name) is click.core.ParameterSource.COMMANDLINE
+    ]
 
 
 def _print_search(recipe: Recipe) -> None:

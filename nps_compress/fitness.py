@@ -27,6 +27,7 @@ from nps_compress.errors import CalibrationError, CheckpointError, InvalidArgume
 FitnessName = Literal["kl", "loss", "accuracy"]
 FITNESSES: tuple[FitnessName, ...] = get_args(FitnessName)
 MAX_TOKENS = 512
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def read_jsonl(path: Path) -> list[Row]:
     """Calibration data from JSONL. Raises CalibrationError with the number of a bad line."""
     rows = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # JSON may hold other line ends
     except (OSError, UnicodeDecodeError) as error:
         raise CalibrationError(path, str(error)) from error
     for number, line in enumerate(lines, 1):
@@ -49,10 +50,12 @@ def read_jsonl(path: Path) -> list[Row]:
             continue
         try:
             value = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CalibrationError(path, f"is not JSON ({error})", number) from None
         if not isinstance(value, dict) or not isinstance(value.get("text"), str):
             raise CalibrationError(path, 'needs an object with a string under "text"', number)
+        if any(0xD800 <= ord(char) < 0xE000 for char in value["text"]):
+            raise CalibrationError(path, "text holds unpaired surrogates", number)
         label = value.get("label")
         if isinstance(label, bool) or not isinstance(label, int | str | None):
             raise CalibrationError(path, f"label must be an int or a string: {label!r}", number)
@@ -145,18 +148,21 @@ class Fitness:
         """Of classes, [batch, classes], or of each next token, [tokens, vocabulary]."""
         logits = self.model(**batch.inputs).logits.float()
         if not self.is_classifier:
-            logits = logits[:, :-1][batch.inputs["attention_mask"][:, 1:].bool()]
+            logits = logits[:, :-1][_next_is_text(batch)]
         return functional.log_softmax(logits, -1)
 
     def _targets(self, batch: _Batch) -> torch.Tensor:
         if batch.labels is not None:
             return batch.labels
-        keep = batch.inputs["attention_mask"][:, 1:].bool()
-        return batch.inputs["input_ids"][:, 1:][keep]
+        return batch.inputs["input_ids"][:, 1:][_next_is_text(batch)]
 
     def _batch(self, rows: Sequence[Row], tokenizer: Any, batch_size: int) -> list[_Batch]:
-        limit = min(tokenizer.model_max_length, MAX_TOKENS)
+        positions = getattr(self.model.config, "max_position_embeddings", MAX_TOKENS)
+        limit = min(tokenizer.model_max_length, positions, MAX_TOKENS)
         tokens = tokenizer([row.text for row in rows], truncation=True, max_length=limit)
+        for number, ids in enumerate(tokens["input_ids"], 1):
+            if not ids:
+                raise CalibrationError(self.source, f"example {number} has no tokens")
         labels = None
         if self.is_classifier and self.name != "kl":
             labels = [self._label(row, number) for number, row in enumerate(rows, 1)]
@@ -185,6 +191,12 @@ class Fitness:
         return label
 
 
+def _next_is_text(batch: _Batch) -> torch.Tensor:
+    """Which positions predict a token of the text. -> [batch, tokens - 1] bool."""
+    mask = batch.inputs["attention_mask"].bool()
+    return mask[:, :-1] & mask[:, 1:]
+
+
 def load_model(folder: Path) -> tuple[Any, Any, bool]:
     """A model in float32 on the CPU, in eval mode, its tokenizer, and whether it classifies.
 
@@ -207,13 +219,19 @@ def load_model(folder: Path) -> tuple[Any, Any, bool]:
                 folder, f"is a {architecture}; a fitness needs a sequence classifier or a causal LM"
             )
         auto = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
+        if not any((folder / name).exists() for name in TOKENIZER_FILES):
+            raise CheckpointError(folder, "holds no tokenizer")  # transformers would invent one
         with quiet_transformers():
             model = auto.from_pretrained(folder, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(folder, f"can't be loaded by transformers ({error})") from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    except CheckpointError:
+        raise
+    except Exception as error:  # transformers raises whatever a broken folder leads to
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(folder, f"can't be loaded by transformers ({reason})") from error
+    if tokenizer.pad_token is None:  # any token will do: padding is masked
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    tokenizer.padding_side = "right"  # positions then count from the first token of the text
     model.config.pad_token_id = tokenizer.pad_token_id
     return model.eval(), tokenizer, is_classifier
 

@@ -13,23 +13,23 @@ import numpy as np
 from nps_compress import __version__
 from nps_compress._progress import bar
 from nps_compress._threads import bounded_map
-from nps_compress.atomic import atomic_file, refuse_existing
-from nps_compress.candidates import SLICE, Pruner, find_coefficients
+from nps_compress.atomic import atomic_file, refuse_existing, refuse_input_as_output
+from nps_compress.candidates import SLICE, Pruner
 from nps_compress.checkpoint import Checkpoint, Pair, open_checkpoint, pair
 from nps_compress.codecs import EncodedChunk, ValueCodec, best_value_codec, encode_chunk
 from nps_compress.dtypes import DType, Words, digest
 from nps_compress.errors import InvalidArgumentError
-from nps_compress.format.layout import MAX_CHUNK_LOG2, MIN_CHUNK_LOG2, Op
+from nps_compress.format.layout import MIN_CHUNK_LOG2, Op
 from nps_compress.format.records import BaseTensor, TensorEntry, base_root
 from nps_compress.format.writer import NpsWriter, check_name
 from nps_compress.prune import Selection
 from nps_compress.recipe import Recipe
 from nps_compress.reconstruct import BASE_NAME_KEY
+from nps_compress.searching import SearchJob, counted, input_files, memory_budget
 
 # Side files up to this size are stored even where the base has the same: a config is often
 # rewritten when a base is saved again, a vocabulary hardly ever.
 ALWAYS_STORED_BYTES = 16 * 1024
-_MEMORY_SLACK = 256 << 20
 _KEPT_PER_CHUNK = 16384  # enough that a frame's header and a record cost under 1 %
 _NEW_CHUNK_LOG2 = 20
 
@@ -60,42 +60,6 @@ class PackReport:
     def ratio(self) -> float:
         """How many times smaller than the fine-tune's weights."""
         return self.finetuned_bytes / self.file_bytes
-
-
-def search_recipe(
-    base: str | Path,
-    finetuned: str | Path,
-    calibration: str | Path,
-    out: str | Path,
-    recipe: Recipe,
-    *,
-    fitness: str = "kl",
-    generations: int = 30,
-    population: int | None = None,
-    force: bool = False,
-    progress: bool = False,
-) -> Recipe:
-    """Search the coefficients of ``recipe`` and save the result at ``out``.
-
-    The state is kept beside ``out`` while the search runs; the same call resumes it.
-
-    Raises:
-        OutputExistsError, CheckpointError, CalibrationError, InvalidArgumentError, RecipeError,
-        SearchInterruptedError, WriteError.
-    """
-    out = Path(out)
-    refuse_existing(out, force)
-    search = _Search(Path(calibration), fitness, generations, population, search_state(out))
-    pair_ = pair(open_checkpoint(base), open_checkpoint(finetuned))
-    found = search.run(_counted(pair_, recipe, progress), progress)
-    found.write(out, force)
-    search.state.unlink(missing_ok=True)
-    return found
-
-
-def search_state(out: Path) -> Path:
-    """Where the state of a search whose result goes to ``out`` is kept."""
-    return out.with_name(out.name + ".search.json")
 
 
 def pack(
@@ -129,73 +93,20 @@ def pack(
         raise InvalidArgumentError("lossless", True, "used without recipe and calibration")
     search = None
     if calibration is not None:
-        search = _Search(Path(calibration), fitness, generations, population, search_state(out))
+        search = SearchJob(Path(calibration), fitness, generations, population, out)
+    if recipe is None:
+        recipe = Recipe() if search is None else Recipe.with_subspaces(8, "tail")
     pair_ = pair(open_checkpoint(base), open_checkpoint(finetuned))
+    refuse_input_as_output(out, input_files(pair_, calibration))
     for name in (*pair_.base.tensors, *pair_.finetuned.tensors):
         check_name(name)
-    pruner = None if lossless else _counted(pair_, recipe or Recipe(), progress)
+    pruner = None if lossless else counted(pair_, recipe, progress)
     if pruner and search:
         pruner.recipe = search.run(pruner, progress)
     report = _write(pair_, pruner, out, force, progress)
     if search:
         search.state.unlink(missing_ok=True)
     return report
-
-
-def _counted(pair_: Pair, recipe: Recipe, progress: bool) -> Pruner:
-    pruner = Pruner(pair_, recipe)
-    with bar(len(pair_.base_of), "reading", "tensor", progress) as advance:
-        pruner.count(_budget(pair_), advance)
-    return pruner
-
-
-class _Search:
-    """A search that is asked for: its data is read before anything slow begins."""
-
-    def __init__(
-        self,
-        calibration: Path,
-        fitness: str,
-        generations: int,
-        population: int | None,
-        state: Path,
-    ) -> None:
-        from nps_compress.fitness import check_fitness, read_jsonl
-
-        self.rows = read_jsonl(calibration)
-        self.fitness = check_fitness(fitness)
-        self.calibration, self.state = calibration, state
-        self.generations, self.population = generations, population
-
-    def run(self, pruner: Pruner, progress: bool) -> Recipe:
-        """The pruner's recipe with the best coefficients found."""
-        from nps_compress.fitness import Fitness, data_digest
-        from nps_compress.search import Progress, population_size
-
-        folder = pruner.pair.finetuned.path
-        fitness = Fitness(folder, self.rows, self.fitness, source=self.calibration)
-        size = self.population or population_size(len(pruner.recipe.coefficients))
-        total = 1 + self.generations * size
-        with bar(total, "searching", "candidate", progress) as advance:
-
-            def show(now: Progress) -> None:
-                at = f"generation {now.generation}/{self.generations}"
-                advance(f"{at}, best {self.fitness} {now.best:.5g}")
-
-            return find_coefficients(
-                pruner,
-                fitness,
-                self.generations,
-                self.population,
-                self.state,
-                data_digest(self.rows),
-                show,
-            )
-
-
-def _budget(pair_: Pair) -> int:
-    largest = max(tensor.nbytes for tensor in pair_.finetuned.tensors.values())
-    return 3 * largest + _MEMORY_SLACK
 
 
 @dataclass(frozen=True)
@@ -228,7 +139,7 @@ def _write(
                 encode,
                 finetuned.tensors,
                 lambda name: 3 * finetuned.tensors[name].nbytes,
-                _budget(pair_),
+                memory_budget(pair_),
             ):
                 writer.add_chunks(encoded.chunks)
                 writer.add_tensor(encoded.entry)
@@ -311,10 +222,10 @@ def _identify(base: Checkpoint, name: str, words: Words) -> BaseTensor:
 
 
 def _chunk_log2(numel: int, changed: int) -> int:
-    """Chunks that keep about ``_KEPT_PER_CHUNK`` elements, within 2^18 to 2^22."""
+    """Chunks that keep about ``_KEPT_PER_CHUNK`` elements: 2^18 to 2^22, or the tensor."""
     wanted = math.ceil(math.log2(_KEPT_PER_CHUNK * numel / changed))
     needed = max(MIN_CHUNK_LOG2, math.ceil(math.log2(numel))) if numel > 1 else MIN_CHUNK_LOG2
-    return min(max(wanted, 18), 22, needed, MAX_CHUNK_LOG2)
+    return min(max(wanted, 18), 22, needed)
 
 
 def _side_files(base: Checkpoint, finetuned: Checkpoint) -> Iterator[tuple[str, bytes, bool]]:

@@ -35,6 +35,8 @@ Rule = Literal["magnitude", "sampled"]
 RULES: tuple[Rule, ...] = get_args(Rule)
 Cuts = Literal["tail", "equal"]
 CUTS: tuple[Cuts, ...] = get_args(Cuts)
+MAX_SUBSPACES = 64
+COEFFICIENTS = (1e-6, 1e6)  # wider than any search goes, narrow enough for float32
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,11 @@ def top_shares(subspaces: int, density: float, cuts: Cuts) -> tuple[float, ...]:
     """Where to cut the magnitude ranking, as shares of the largest elements, descending.
 
     ``equal``: subspaces of equal count, the paper's. ``tail``: the top shares halve from one
-    subspace to the next, centred on the density, so that the budget reaches into each of them.
+    subspace to the next, from eight times the density (for 8 subspaces) to an eighth of it: the
+    search moves the threshold across subspaces on both sides of the budget's edge.
     """
-    if subspaces < 1 or subspaces > 64:
-        raise InvalidArgumentError("subspaces", subspaces, "from 1 to 64")
+    if not 1 <= subspaces <= MAX_SUBSPACES:
+        raise InvalidArgumentError("subspaces", subspaces, f"from 1 to {MAX_SUBSPACES}")
     if cuts == "equal":
         return tuple(1 - m / subspaces for m in range(1, subspaces))
     widest = min(0.5, density * 2 ** ((subspaces - 1) // 2))
@@ -68,8 +71,8 @@ def top_shares(subspaces: int, density: float, cuts: Cuts) -> tuple[float, ...]:
 
 
 def check_density(density: float) -> None:
-    """Raise InvalidArgumentError unless 0 < density <= 1."""
-    if not 0 < density <= 1:
+    """Raise InvalidArgumentError unless density is a number with 0 < density <= 1."""
+    if isinstance(density, bool | str) or not 0 < density <= 1:
         raise InvalidArgumentError("density", density, "in (0, 1]")
 
 
@@ -84,16 +87,8 @@ def plan(
 
     coefficients: one positive factor per subspace, len(shares) + 1 of them.
 
-    Raises:
-        InvalidArgumentError: density, coefficients or shares out of range.
+    The arguments are those of a valid recipe.
     """
-    check_density(density)
-    if len(coefficients) != len(shares) + 1:
-        raise InvalidArgumentError(
-            "coefficients", list(coefficients), f"{len(shares) + 1} numbers, one per subspace"
-        )
-    if not all(math.isfinite(c) and c > 0 for c in coefficients):
-        raise InvalidArgumentError("coefficients", list(coefficients), "positive and finite")
     starts = (0, *subspace_edges(histogram, shares))
     subspace_of = np.zeros(KEYS, np.uint8)
     for m, start in enumerate(starts):

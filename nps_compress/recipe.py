@@ -9,7 +9,16 @@ from typing import Any, Literal, get_args
 
 from nps_compress.atomic import write_json
 from nps_compress.errors import InvalidArgumentError, RecipeError
-from nps_compress.prune import CUTS, RULES, Cuts, Rule, check_density, top_shares
+from nps_compress.prune import (
+    COEFFICIENTS,
+    CUTS,
+    MAX_SUBSPACES,
+    RULES,
+    Cuts,
+    Rule,
+    check_density,
+    top_shares,
+)
 
 VERSION = 1
 Scope = Literal["global", "tensor"]
@@ -40,10 +49,22 @@ class Recipe:
         if self.scope not in SCOPES:
             raise InvalidArgumentError("scope", self.scope, f"one of {', '.join(SCOPES)}")
         check_density(self.density)
-        if len(self.coefficients) != len(self.top_shares) + 1:
+        shares, coefficients = self.top_shares, self.coefficients
+        if len(shares) >= MAX_SUBSPACES or not all(_is_number(s) and 0 < s < 1 for s in shares):
+            raise InvalidArgumentError("top_shares", shares, f"under {MAX_SUBSPACES} within (0, 1)")
+        if list(shares) != sorted(set(shares), reverse=True):
+            raise InvalidArgumentError("top_shares", shares, "descending")
+        if len(coefficients) != len(shares) + 1:
             raise InvalidArgumentError(
-                "coefficients", len(self.coefficients), f"{len(self.top_shares) + 1} numbers"
+                "coefficients", len(coefficients), f"{len(shares) + 1} numbers, one per subspace"
             )
+        low, high = COEFFICIENTS
+        if not all(_is_number(c) and low <= c <= high for c in coefficients):
+            raise InvalidArgumentError("coefficients", coefficients, f"from {low} to {high}")
+        if type(self.seed) is not int or not 0 <= self.seed < 2**32:
+            raise InvalidArgumentError("seed", self.seed, "an integer from 0 to 2^32 - 1")
+        if not isinstance(self.search, dict):
+            raise InvalidArgumentError("search", self.search, "an object")
 
     @classmethod
     def with_subspaces(cls, subspaces: int, cuts: Cuts, **options: Any) -> Recipe:
@@ -67,7 +88,7 @@ class Recipe:
         """Load what :meth:`write` saved. Raises RecipeError."""
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise RecipeError(path, f"is not readable JSON ({error})") from error
         known = {item.name for item in fields(cls)}
         if not isinstance(value, dict) or value.pop("nps_recipe", None) != VERSION:
@@ -77,7 +98,11 @@ class Recipe:
             raise RecipeError(path, f"has missing or unknown fields: {', '.join(odd)}")
         try:
             for name in ("top_shares", "coefficients"):
-                value[name] = tuple(float(number) for number in value[name])
+                value[name] = tuple(value[name])
             return cls(**value)
         except (TypeError, ValueError) as error:
             raise RecipeError(path, str(error)) from error
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

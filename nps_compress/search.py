@@ -50,6 +50,14 @@ def population_size(dimensions: int) -> int:
     return 4 + int(3 * math.log(dimensions))
 
 
+def check_search_options(generations: int, population: int | None) -> None:
+    """Raise InvalidArgumentError where an option is out of range."""
+    if generations < 1:
+        raise InvalidArgumentError("generations", generations, "at least 1")
+    if population is not None and population < 2:
+        raise InvalidArgumentError("population", population, "at least 2")
+
+
 def search(
     evaluate: Callable[[Coefficients], float],
     dimensions: int,
@@ -72,12 +80,11 @@ def search(
         RecipeError: ``state`` belongs to another search or is not readable.
         SearchInterruptedError: Ctrl-C; everything evaluated so far is in ``state``.
     """
-    for name, value in (("subspaces", dimensions), ("generations", generations)):
-        if value < 1:
-            raise InvalidArgumentError(name, value, "at least 1")
-    population = population or population_size(dimensions)
-    if population < 2:
-        raise InvalidArgumentError("population", population, "at least 2")
+    check_search_options(generations, population)
+    if dimensions < 1:
+        raise InvalidArgumentError("subspaces", dimensions, "at least 1")
+    if population is None:
+        population = population_size(dimensions)
     settings = {
         **(identity or {}),
         "dimensions": dimensions,
@@ -153,7 +160,9 @@ def _read_state(path: Path, settings: Mapping[str, Any]) -> list[float]:
         value = json.loads(path.read_text(encoding="utf-8"))
         version, saved, fitness = value["nps_search"], value["settings"], value["fitness"]
         known = [float(number) for number in fitness]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if not isinstance(saved, dict):
+            raise ValueError("settings")
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise RecipeError(path, f"is not the state of a search ({error!r})") from error
     if version != _STATE_VERSION:
         raise RecipeError(path, f"is a search state of version {version}")

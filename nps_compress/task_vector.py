@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from nps_compress._jit import jit
-from nps_compress.errors import InvalidArgumentError
 
 KEY_SHIFT = 13
 KEYS = 1 << (31 - KEY_SHIFT)
+HISTOGRAM_BYTES = 16 * KEYS
 
 Float32 = npt.NDArray[np.float32]
 
@@ -67,9 +67,6 @@ def subspace_edges(histogram: Histogram, top_shares: Sequence[float]) -> tuple[i
     is at least as large. Returns one key per share, ascending: the first key of subspaces 1 to
     len(top_shares); subspace 0 holds the smallest magnitudes.
     """
-    for share in top_shares:
-        if not 0 < share < 1:
-            raise InvalidArgumentError("top share", share, "within (0, 1)")
     at_least = histogram.counts[::-1].cumsum()[::-1]  # [KEYS]: elements with this key or above
     wanted = np.array(top_shares) * histogram.numel
     # The number of keys whose tail still holds more than wanted is the first that does not.

@@ -11,7 +11,11 @@ from pathlib import Path
 
 from nps_compress._progress import bar
 from nps_compress._threads import bounded_map
-from nps_compress.atomic import atomic_directory, refuse_unrelated_content
+from nps_compress.atomic import (
+    atomic_directory,
+    refuse_input_as_output,
+    refuse_unrelated_content,
+)
 from nps_compress.checkpoint import (
     SIDE_FILES,
     WEIGHTS,
@@ -71,6 +75,7 @@ def unpack(
         raise InvalidArgumentError("max shard size", max_shard_bytes, "at least 1 byte")
     refuse_unrelated_content(out, force, _is_ours)
     base_ = open_checkpoint(base)
+    refuse_input_as_output(out, [base_.path, Path(task)])
     with open_task(task) as task_:
         _check_layout(task_, base_, task_.reader.tensors)
         side_files = dict(_side_files(task_, base_))

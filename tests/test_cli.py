@@ -145,6 +145,10 @@ class TestBadInput:
         assert 'line 1: needs an object with a string under "text"' in fails(*call)
         data.write_text('{"text": "a", "label": 1.5}\n')
         assert "label must be an int or a string: 1.5" in fails(*call)
+        data.write_text('{"text": "\\ud800"}\n')
+        assert "surrogates" in fails(*call)
+        data.write_text("[" * 100_000)
+        assert "line 1: is not JSON" in fails(*call)
         data.write_bytes(b'{"text": "\xff"}\n')
         assert "c.jsonl" in fails(*call)
         assert not list(tmp_path.glob("t.nps*"))
@@ -156,6 +160,12 @@ class TestBadInput:
         line = fails(*call, "--recipe", tmp_path / "r.json", "--seed", 1, code=2)
         assert "--seed can't be used with --recipe" in line
         assert "can't be loaded" in fails(*call, "--calibration", _calibration(tmp_path))
+        for option in (("--subspaces", 4), ("--generations", 3), ("--fitness", "loss")):
+            assert f"{option[0]} needs --calibration" in fails(*call, *option, code=2)
+        fails("unpack", tiny[0], "t.nps", "-o", tmp_path / "o", "--max-shard-size", "nan", code=2)
+        for option in (("--population", 0), ("--generations", 0), ("--seed", -1)):
+            line = fails(*call, "--calibration", _calibration(tmp_path), *option)
+            assert f"received {option[1]}" in line
 
     def test_terminal_escapes_stay_out_of_messages(self, tiny, tmp_path):
         base, tuned = tiny

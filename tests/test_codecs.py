@@ -115,6 +115,17 @@ def test_ulp_covers_all_pairs_of_special_words(name):
         assert np.array_equal(_rebuild(ValueCodec.ULP, before, every, dtype), every)
 
 
+@pytest.mark.parametrize("name", ["F16", "BF16", "F32", "F64"])
+def test_ulp_payload_of_all_ones_leaves_the_base(name):
+    dtype = BY_NAME[name]
+    base = np.array([1, 0x3F81], dtype.word)
+    planes = np.full((dtype.itemsize, 2), 0xFF, np.uint8)
+    for positions in (None, np.array([0, 1], np.uint32)):
+        out = np.zeros_like(base)
+        codecs.apply_payload(ValueCodec.ULP, planes, positions, base, out, dtype)
+        assert np.array_equal(out, base)
+
+
 def test_ulp_payload_counts_steps_between_floats():
     dtype = BY_NAME["BF16"]
     base = np.array([0x3F80, 0x3F80, 0x8001], np.uint16)  # 1.0, 1.0, the float below -0.0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import nps_compress
 from nps_compress import CalibrationError, CheckpointError, InvalidArgumentError, Recipe
@@ -115,6 +115,77 @@ def test_text_without_a_next_token(causal_pair, tmp_path):
     fitness = Fitness(causal_pair[1], rows(tmp_path / "c.jsonl"), "loss", source="c.jsonl")
     with pytest.raises(CalibrationError, match="two tokens"):
         fitness.score()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_side_does_not_matter(causal_pair, side):
+    _, tuned, calibration = causal_pair
+    path = tuned / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "padding_side": side}))
+    alone = Fitness(tuned, rows(calibration), "loss", batch_size=1).score()
+    together = Fitness(tuned, rows(calibration), "loss", batch_size=24).score()
+    assert together == pytest.approx(alone, abs=1e-5)
+
+
+def test_line_separators_inside_a_text(tmp_path):
+    (tmp_path / "c.jsonl").write_text('{"text": "a\u2028b\x85c"}\n', encoding="utf-8")
+    assert [row.text for row in rows(tmp_path / "c.jsonl")] == ["a\u2028b\x85c"]
+
+
+def test_state_of_another_finetune_is_refused(classifier_pair, tmp_path):
+    base, tuned, calibration = classifier_pair
+    recipe = Recipe.with_subspaces(2, "tail")
+    out = tmp_path / "r.json"
+    nps_compress.search_recipe(base, tuned, calibration, out, recipe, generations=1)
+    state = out.with_name("r.json.search.json")
+    assert not state.exists()
+    from nps_compress.fitness import Fitness as Original
+
+    calls = []
+
+    def stop(self):
+        calls.append(self)
+        if len(calls) > 3:
+            raise KeyboardInterrupt
+        return original(self)
+
+    original = Original.score
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Original, "score", stop)
+        with pytest.raises(nps_compress.SearchInterruptedError):
+            nps_compress.search_recipe(
+                base, tuned, calibration, out, recipe, generations=1, force=True
+            )
+    assert state.exists()
+    weights = load_file(tuned / "model.safetensors")
+    weights["classifier.weight"] *= -5  # a tensor that the base lacks
+    save_file(weights, tuned / "model.safetensors", {"format": "pt"})
+    with pytest.raises(nps_compress.RecipeError, match="another search"):
+        nps_compress.search_recipe(base, tuned, calibration, out, recipe, generations=1, force=True)
+
+
+def test_pack_with_calibration_searches_subspaces_by_default(classifier_pair, tmp_path):
+    base, tuned, calibration = classifier_pair
+    report = nps_compress.pack(
+        base, tuned, tmp_path / "t.nps", calibration=calibration, generations=1
+    )
+    assert len(report.recipe.coefficients) == 8
+
+
+def test_broken_finetune_is_refused(classifier_pair, tmp_path):
+    base, tuned, calibration = classifier_pair
+    weights = load_file(tuned / "model.safetensors")
+    weights["classifier.bias"][0] = float("nan")
+    save_file(weights, tuned / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="kl of nan"):
+        nps_compress.pack(base, tuned, tmp_path / "t.nps", calibration=calibration)
+
+
+def test_folder_without_a_tokenizer(classifier_pair):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (classifier_pair[1] / name).unlink()
+    with pytest.raises(CheckpointError, match="no tokenizer"):
+        load_model(classifier_pair[1])
 
 
 def test_folder_without_a_model(tmp_path, causal_pair):

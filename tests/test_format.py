@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
+import time
 import zlib
 from pathlib import Path
 
@@ -259,6 +261,7 @@ def test_optional_features_are_ignored(tmp_path):
         ({"index_raw_bytes": 2**63}, "T-INDEXSIZE"),
         ({"index_raw_bytes": 1}, "T-INDEXSIZE"),
         ({"index_raw_bytes": 2**20}, "T-INDEXSIZE"),
+        ({"index_raw_bytes": 100}, "T-INDEXSIZE"),
         ({"index_compression": 0}, "T-INDEXSIZE"),
         ({"index_compression": 9}, "T-COMPRESSION"),
         ({"index_sha256": np.void(bytes(32))}, "I-DIGEST"),
@@ -301,6 +304,8 @@ SETTINGS = [
     ("tensors", "chunk_log2", 0, 11, "C-COUNT"),
     ("tensors", "reserved1", 0, 1, "R-RESERVED"),
     ("tensors", "sha256", 1, [1] * 32, "R-COPY"),
+    ("head", "file_records", 0, 65, "I-COUNT"),
+    ("files", "shape", 1, [2**26 + 1] + [0] * 7, "R-FILE"),
     ("files", "dtype", 0, 1, "R-FILE"),
     ("files", "op", 0, 2, "R-FILE"),
     ("files", "base_index", 0, 0, "R-BASE"),
@@ -344,6 +349,13 @@ def test_name_rules(tmp_path, heap, rule):
     index = Index()
     index.heap = heap
     assert rule_of(tmp_path, index.join()) == rule
+
+
+def test_reserved_name_rule(tmp_path):
+    index = Index()
+    index.heap = b"ab__metadata__bcconfig.jsonvocab.txt"
+    index.tensors[0]["name_bytes"] = len("__metadata__")
+    assert rule_of(tmp_path, index.join()) == "N-RESERVED"
 
 
 def test_name_length_rule(tmp_path):
@@ -417,3 +429,27 @@ def test_writer_refuses_what_the_reader_would(tmp_path):
 def test_printable_escapes_terminal_sequences():
     assert printable("a\x1b[31mb\u202e") == "a\\x1b[31mb\\u202e"
     assert json.loads(json.dumps({"k": "é"}))["k"] == printable("é")
+
+
+def test_zstd_cannot_have_made_a_stream_that_small(tmp_path):
+    stream = io.BytesIO()
+    writer = NpsWriter(stream)
+    zeros = np.zeros(1 << 20, np.uint16)
+    chunk = encode_chunk(None, zeros, BF16, ValueCodec.REPLACE)
+    assert all(32 <= len(plane) < 4096 for plane in chunk.planes)
+    writer.add_chunks([dataclasses.replace(chunk, planes=tuple(p[:31] for p in chunk.planes))])
+    writer.add_tensor(
+        TensorEntry("z", BF16, (1 << 20,), Op.NEW, ValueCodec.REPLACE, 20, None, digest(zeros))
+    )
+    writer.finish([], {})
+    assert rule_of(tmp_path, stream.getvalue()) == "C-STORED"
+
+
+def test_opening_many_records_is_quick(tmp_path):
+    table = [BaseTensor(f"{i:06}", BF16, (1,), bytes(32)) for i in range(60_000)]
+    stream = io.BytesIO()
+    NpsWriter(stream).finish(table, {})
+    start = time.perf_counter()
+    with open_bytes(tmp_path, stream.getvalue()) as reader:
+        assert len(reader.base) == 60_000
+    assert time.perf_counter() - start < 5  # about half a second on a quiet core

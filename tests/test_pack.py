@@ -463,10 +463,111 @@ class TestRecipe:
 
     @pytest.mark.parametrize(
         ("field", "value"),
-        [("density", 2), ("prune", "best"), ("coefficients", [1, 2]), ("coefficients", "x")],
+        [
+            ("density", 2),
+            ("density", True),
+            ("density", "x"),
+            ("prune", "best"),
+            ("scope", "row"),
+            ("coefficients", [1, 2]),
+            ("coefficients", ["1"]),
+            ("coefficients", "1"),
+            ("coefficients", 1),
+            ("coefficients", [0]),
+            ("coefficients", [-1]),
+            ("coefficients", [float("nan")]),
+            ("coefficients", [1e300]),
+            ("coefficients", [10**400]),
+            ("top_shares", [0.5, 0.1]),
+            ("seed", "abc"),
+            ("seed", -1),
+            ("seed", 2**32),
+            ("seed", True),
+            ("search", "hi"),
+        ],
     )
     def test_bad_values(self, tmp_path, field, value):
         stored = Recipe().to_dict() | {field: value}
         (tmp_path / "r.json").write_text(json.dumps(stored))
         with pytest.raises(RecipeError):
             Recipe.read(tmp_path / "r.json")
+
+    @pytest.mark.parametrize("shares", [(0.1, 0.5), (0.5, 0.5), (1.0,), (0.0,), ("x",)])
+    def test_shares_descend_within_0_and_1(self, shares):
+        with pytest.raises(InvalidArgumentError, match="top_shares"):
+            Recipe(top_shares=shares, coefficients=(1.0,) * (len(shares) + 1))
+
+    def test_too_many_subspaces(self):
+        shares = tuple(0.9 / (i + 1) for i in range(64))
+        with pytest.raises(InvalidArgumentError, match="top_shares"):
+            Recipe(top_shares=shares, coefficients=(1.0,) * 65)
+        with pytest.raises(InvalidArgumentError, match="subspaces"):
+            Recipe.with_subspaces(65, "tail")
+
+    def test_deeply_nested(self, tmp_path):
+        (tmp_path / "r.json").write_text("[" * 100_000)
+        with pytest.raises(RecipeError):
+            Recipe.read(tmp_path / "r.json")
+
+
+class TestOutputIsInput:
+    def test_unpack_over_its_base_or_task(self, tiny, tmp_path):
+        base, tuned = tiny
+        nps_compress.pack(base, tuned, tmp_path / "t.nps")
+        before = (base / "model.safetensors").read_bytes()
+        (tmp_path / "link").symlink_to(base)
+        for out in (base, tmp_path / "link", tmp_path):
+            with pytest.raises(OutputExistsError):
+                nps_compress.unpack(base, tmp_path / "t.nps", out, force=True)
+        assert (base / "model.safetensors").read_bytes() == before
+
+    def test_pack_and_search_over_an_input(self, tiny, tmp_path):
+        base, tuned = tiny
+        calibration = tmp_path / "c.jsonl"
+        calibration.write_text('{"text": "a"}\n')
+        for out in (base / "model.safetensors", tuned / "config.json", calibration):
+            before = out.read_bytes()
+            with pytest.raises(OutputExistsError, match="would replace the input"):
+                nps_compress.pack(base, tuned, out, calibration=calibration, force=True)
+            with pytest.raises(OutputExistsError, match="would replace the input"):
+                nps_compress.search_recipe(base, tuned, calibration, out, Recipe(), force=True)
+            assert out.read_bytes() == before
+
+    def test_output_behind_a_link(self, tiny, tmp_path):
+        real = tmp_path / "real"
+        real.mkdir()
+        (tmp_path / "link").symlink_to(real)
+        nps_compress.pack(*tiny, tmp_path / "t.nps", lossless=True)
+        nps_compress.unpack(tiny[0], tmp_path / "t.nps", tmp_path / "link")
+        assert (tmp_path / "link").is_symlink()
+        assert_same(load(real), load(tiny[1]))
+        assert not list(tmp_path.glob("*.partial*")) + list(tmp_path.glob(".*.partial"))
+
+
+def test_prefix_on_most_names_only(tiny, tmp_path):
+    base, tuned = tiny
+    renamed = {n if n == "scalar" else f"model.{n}": t for n, t in load(tuned).items()}
+    folder = write_checkpoint(tmp_path / "renamed", renamed)
+    nps_compress.pack(base, folder, tmp_path / "t.nps", lossless=True)
+    tensors = nps_compress.inspect(tmp_path / "t.nps")["tensors"]
+    by_name = {tensor["name"]: tensor for tensor in tensors}
+    assert by_name["model.layer.mlp"]["base_tensor"] == "layer.mlp"
+    assert by_name["scalar"]["base_tensor"] == "scalar"
+
+
+def test_side_file_that_the_base_lacks_is_missing_even_if_empty(tiny, tmp_path):
+    base, tuned = tiny
+    nps_compress.pack(base, tuned, tmp_path / "t.nps")
+    (base / "vocab.json").write_text("")
+    with pytest.raises(BaseMismatchError, match="has another content"):
+        nps_compress.verify(base, tmp_path / "t.nps")
+
+
+def test_checkpoints_that_cannot_be_stored(tiny, tmp_path):
+    deep = write_checkpoint(tmp_path / "deep", {"w": torch.ones((1,) * 9)})
+    with pytest.raises(CheckpointError, match="rank 9"):
+        nps_compress.pack(tiny[0], deep, tmp_path / "t.nps")
+    with pytest.raises(CheckpointError, match="too long"):
+        nps_compress.pack("x" * 300, tiny[1], tmp_path / "t.nps")
+    with pytest.raises(WriteError, match="too long"):
+        nps_compress.pack(*tiny, tmp_path / ("x" * 300))

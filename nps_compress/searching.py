@@ -1,0 +1,118 @@
+"""The search as a job on files: a pair and calibration data in, a recipe out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from nps_compress._progress import bar
+from nps_compress.atomic import refuse_existing, refuse_input_as_output
+from nps_compress.candidates import Pruner, find_coefficients
+from nps_compress.checkpoint import Pair, open_checkpoint, pair
+from nps_compress.recipe import Recipe
+from nps_compress.search import Progress, check_search_options, population_size
+
+_MEMORY_SLACK = 256 << 20
+
+
+def search_recipe(
+    base: str | Path,
+    finetuned: str | Path,
+    calibration: str | Path,
+    out: str | Path,
+    recipe: Recipe,
+    *,
+    fitness: str = "kl",
+    generations: int = 30,
+    population: int | None = None,
+    force: bool = False,
+    progress: bool = False,
+) -> Recipe:
+    """Search the coefficients of ``recipe`` and save the result at ``out``.
+
+    The state is kept beside ``out`` while the search runs; the same call resumes it.
+
+    Raises:
+        OutputExistsError, CheckpointError, CalibrationError, InvalidArgumentError, RecipeError,
+        SearchInterruptedError, WriteError.
+    """
+    out = Path(out)
+    refuse_existing(out, force)
+    search = SearchJob(Path(calibration), fitness, generations, population, out)
+    pair_ = pair(open_checkpoint(base), open_checkpoint(finetuned))
+    refuse_input_as_output(out, input_files(pair_, calibration))
+    found = search.run(counted(pair_, recipe, progress), progress)
+    found.write(out, force)
+    search.state.unlink(missing_ok=True)
+    return found
+
+
+def counted(pair_: Pair, recipe: Recipe, progress: bool) -> Pruner:
+    """A pruner that has read the pair once."""
+    pruner = Pruner(pair_, recipe)
+    with bar(len(pair_.base_of), "reading", "tensor", progress) as advance:
+        pruner.count(memory_budget(pair_), advance)
+    return pruner
+
+
+class SearchJob:
+    """A search that is asked for: its data is read before anything slow begins."""
+
+    def __init__(
+        self,
+        calibration: Path,
+        fitness: str,
+        generations: int,
+        population: int | None,
+        out: Path,
+    ) -> None:
+        from nps_compress.fitness import check_fitness, read_jsonl
+
+        check_search_options(generations, population)
+
+        self.rows = read_jsonl(calibration)
+        self.fitness = check_fitness(fitness)
+        self.calibration = calibration
+        self.state = out.with_name(out.name + ".search.json")  # kept while the search runs
+        self.generations, self.population = generations, population
+
+    def run(self, pruner: Pruner, progress: bool) -> Recipe:
+        """The pruner's recipe with the best coefficients found."""
+        from nps_compress.fitness import Fitness, data_digest
+
+        folder = pruner.pair.finetuned.path
+        fitness = Fitness(folder, self.rows, self.fitness, source=self.calibration)
+        size = self.population
+        if size is None:
+            size = population_size(len(pruner.recipe.coefficients))
+        total = 1 + self.generations * size
+        with bar(total, "searching", "candidate", progress) as advance:
+
+            def show(now: Progress) -> None:
+                at = f"generation {now.generation}/{self.generations}"
+                advance(f"{at}, best {self.fitness} {now.best:.5g}")
+
+            return find_coefficients(
+                pruner,
+                fitness,
+                self.generations,
+                self.population,
+                self.state,
+                data_digest(self.rows),
+                show,
+            )
+
+
+def memory_budget(pair_: Pair) -> int:
+    """Bytes that tensors in work may take: three of the largest, and room for small ones."""
+    largest = max(tensor.nbytes for tensor in pair_.finetuned.tensors.values())
+    return 3 * largest + _MEMORY_SLACK
+
+
+def input_files(pair_: Pair, calibration: str | Path | None) -> Iterator[Path]:
+    """Every file that is read: none of them may be the output."""
+    for checkpoint in (pair_.base, pair_.finetuned):
+        yield from {tensor.file for tensor in checkpoint.tensors.values()}
+        yield from checkpoint.side_files.values()
+    if calibration is not None:
+        yield Path(calibration)
