@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 .PHONY: help install demo test check format clean bench
 
 help:
-	@echo "make demo     pack, verify and unpack a real fine-tune (about 5 minutes on 2 cores)"
+	@echo "make demo     pack, verify and unpack a real fine-tune (about 4 minutes on 2 cores)"
 	@echo "make test     the whole default test suite"
 	@echo "make check    format, lint and types, changing nothing"
 	@echo "make format   put the code in its format"

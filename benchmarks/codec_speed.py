@@ -153,7 +153,7 @@ def main() -> None:
         default=[1 << 22, 1 << 24],
         help="weights in a pair: 2^22 fit a cache, 2^24 do not",
     )
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=21)
     arguments = parser.parse_args()
     found = [
         measure(params, density, arguments.repeats)
