@@ -33,6 +33,7 @@ ORDER = [
     "format.layout",
     "format.records",
     "format.writer",
+    "format.index",
     "format.reader",
     "checkpoint",
     "task_vector",

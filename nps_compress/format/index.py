@@ -1,0 +1,366 @@
+"""Parse and check an index. Pure: bytes in, tables out; the first rule broken is raised."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from nps_compress import codecs
+from nps_compress.codecs import MaskCodec, ValueCodec
+from nps_compress.dtypes import BY_CODE, DType
+from nps_compress.errors import FormatError
+from nps_compress.format import layout
+from nps_compress.format.layout import Op
+from nps_compress.format.records import BaseTensor, TensorEntry, has_control_characters
+from nps_compress.format.writer import FILE_NAME
+
+Record = dict[str, int]
+
+_CHANGING_CODECS = (ValueCodec.REPLACE, ValueCodec.XOR, ValueCodec.ULP)
+
+
+@dataclass(frozen=True)
+class Index:
+    """The tables of a file. chunks: [n] chunk records; per chunk, [n] int64: the bytes stored,
+    those with padding, and the offset in the file."""
+
+    base: tuple[BaseTensor, ...]
+    tensors: tuple[TensorEntry, ...]
+    files: tuple[TensorEntry, ...]
+    metadata: Mapping[str, str]
+    chunks: npt.NDArray[np.void]
+    stored_bytes: npt.NDArray[np.int64]
+    padded_bytes: npt.NDArray[np.int64]
+    offsets: npt.NDArray[np.int64]
+
+
+def _fail(rule: str, detail: str) -> NoReturn:
+    raise FormatError(rule, detail)
+
+
+def parse_index(index: bytes, index_offset: int) -> Index:
+    """Check a decompressed index against every rule from I-COUNT to M-KEYS.
+
+    index_offset: where the chunk data must end. Raises FormatError.
+    """
+    head = np.frombuffer(index, layout.INDEX_HEAD, 1)[0]
+    counts = {
+        name: int(head[name])
+        for name in ("base_records", "tensor_records", "file_records", "chunk_records")
+    }
+    heap_bytes, metadata_bytes = int(head["heap_bytes"]), int(head["metadata_bytes"])
+    limits = (layout.MAX_RECORDS, layout.MAX_RECORDS, layout.MAX_FILES)
+    for name, limit in zip(counts, limits, strict=False):
+        if counts[name] > limit:
+            _fail("I-COUNT", f"{counts[name]} {name.replace('_', ' ')}")
+    sizes = (
+        layout.INDEX_HEAD.itemsize,
+        counts["base_records"] * layout.BASE_RECORD.itemsize,
+        counts["tensor_records"] * layout.TENSOR_RECORD.itemsize,
+        counts["file_records"] * layout.TENSOR_RECORD.itemsize,
+        counts["chunk_records"] * layout.CHUNK_RECORD.itemsize,
+        heap_bytes,
+        metadata_bytes,
+    )
+    if sum(sizes) != len(index):
+        _fail("I-SIZE", f"tables of {sum(sizes)} bytes in an index of {len(index)}")
+    if head["reserved0"] or any(head["reserved1"].tobytes()):
+        _fail("I-RESERVED", "reserved bytes of the index head are not zero")
+    starts = np.cumsum((0, *sizes)).tolist()
+
+    def table(number: int, dtype: np.dtype[Any], count: int) -> npt.NDArray[np.void]:
+        return np.frombuffer(index, dtype, count, starts[number])
+
+    base = table(1, layout.BASE_RECORD, counts["base_records"])
+    tensors = table(2, layout.TENSOR_RECORD, counts["tensor_records"])
+    files = table(3, layout.TENSOR_RECORD, counts["file_records"])
+    chunks = table(4, layout.CHUNK_RECORD, counts["chunk_records"])
+    heap = index[starts[5] : starts[6]]
+
+    if base["reserved"].any():
+        _fail("I-RESERVED", "reserved bytes of a base record are not zero")
+
+    records = (base, tensors, files)
+    names = _names(heap, records)
+    _check_shapes(records, names)
+    base_tensors = tuple(
+        BaseTensor(name, dtype, shape, sha256)
+        for name, (dtype, shape), sha256 in zip(
+            names[0], _dtypes_and_shapes(base), _digests(base), strict=True
+        )
+    )
+    entries = (
+        *_check_tensors(tensors, names[1], base_tensors),
+        *_check_files(files, names[2]),
+    )
+    entries = _place(entries, len(chunks))
+    _check_chunks(entries, chunks)
+    stored = layout.stored_chunk_bytes(chunks)
+    alignment = layout.CHUNK_ALIGNMENT
+    padded = (stored + alignment - 1) // alignment * alignment
+    end = layout.HEADER_BYTES + int(padded.sum())
+    if end != index_offset:
+        _fail("C-LAYOUT", f"chunks end at {end}, the index starts at {index_offset}")
+    return Index(
+        base_tensors,
+        entries[: len(tensors)],
+        entries[len(tensors) :],
+        _parse_metadata(index[starts[6] :]),
+        chunks,
+        stored,
+        padded,
+        layout.HEADER_BYTES + np.cumsum(padded) - padded,
+    )
+
+
+def _names(heap: bytes, tables: tuple[npt.NDArray[np.void], ...]) -> tuple[list[str], ...]:
+    lengths = [table["name_bytes"].astype(np.int64) for table in tables]
+    if sum(int(part.sum()) for part in lengths) != len(heap):
+        _fail("N-HEAP", f"names do not add up to the {len(heap)} bytes of the heap")
+    result, position = [], 0
+    for part in lengths:
+        names: list[str] = []
+        previous = b""
+        for length in part.tolist():
+            if not 0 < length <= layout.MAX_NAME_BYTES:
+                _fail("N-LENGTH", f"name of {length} bytes")
+            raw = heap[position : position + length]
+            position += length
+            try:
+                name = raw.decode()
+            except UnicodeDecodeError:
+                _fail("N-UTF8", f"name {raw!r} is not UTF-8")
+            if has_control_characters(name):
+                _fail("N-CONTROL", f"name {name!r} holds control characters")
+            if raw <= previous:
+                _fail("N-ORDER", f"name {name!r} is out of order or there twice")
+            names.append(name)
+            previous = raw
+        result.append(names)
+    for name in (*result[0], *result[1]):
+        if name == layout.RESERVED_NAME:
+            _fail("N-RESERVED", f"a tensor has the reserved name {name!r}")
+    for name in result[2]:
+        if not FILE_NAME.fullmatch(name):
+            _fail("N-FILE", f"file name {name!r}")
+    return tuple(result)
+
+
+def _check_shapes(tables: tuple[npt.NDArray[np.void], ...], names: tuple[list[str], ...]) -> None:
+    for table, table_names in zip(tables, names, strict=True):
+        columns = (table[field].tolist() for field in ("dtype", "rank", "shape"))
+        for name, code, rank, dims in zip(table_names, *columns, strict=True):
+            if code not in BY_CODE:
+                _fail("S-DTYPE", f"{name!r} has unknown dtype {code}")
+            if rank > layout.MAX_RANK:
+                _fail("S-RANK", f"{name!r} has rank {rank}")
+            if any(dims[rank:]):
+                _fail("S-DIM", f"{name!r} has dimensions past its rank")
+            if math.prod(max(dim, 1) for dim in dims[:rank]) > layout.MAX_NUMEL:
+                _fail("S-NUMEL", f"{name!r} has shape {dims[:rank]}")
+
+
+def _check_tensors(
+    table: npt.NDArray[np.void], names: list[str], base_tensors: tuple[BaseTensor, ...]
+) -> tuple[TensorEntry, ...]:
+    entries = []
+    for name, record, (dtype, shape), sha256 in _rows(table, names):
+        op = _op(record, name)
+        index: int | None = record["base_index"]
+        if op is Op.NEW:
+            if index != layout.NO_BASE:
+                _fail("R-BASE", f"new tensor {name!r} names a base tensor")
+            index = None
+        else:
+            assert index is not None
+            if index >= len(base_tensors):
+                _fail("R-BASE", f"{name!r} names base tensor {index} of {len(base_tensors)}")
+            base = base_tensors[index]
+            if (base.dtype, base.shape) != (dtype, shape):
+                _fail("R-SHAPE", f"{name!r} differs from {base.name!r} in dtype or shape")
+        if op is Op.COPY:
+            if any(sha256):
+                _fail("R-COPY", f"copied tensor {name!r} has a digest of its own")
+            assert index is not None
+            sha256 = base_tensors[index].sha256
+        codec = _value_codec(record, name, op, dtype)
+        entries.append(
+            TensorEntry(name, dtype, shape, op, codec, record["chunk_log2"], index, sha256)
+        )
+    return tuple(entries)
+
+
+def _check_files(table: npt.NDArray[np.void], names: list[str]) -> tuple[TensorEntry, ...]:
+    entries = []
+    for name, record, (dtype, shape), sha256 in _rows(table, names):
+        op = _op(record, name)
+        if op is Op.DELTA or dtype.name != "U8" or len(shape) != 1:
+            _fail("R-FILE", f"file {name!r} must be one row of bytes, new or the base's")
+        if shape[0] > layout.MAX_FILE_BYTES:
+            _fail("R-FILE", f"file {name!r} has {shape[0]} bytes")
+        if record["base_index"] != layout.NO_BASE:
+            _fail("R-BASE", f"file {name!r} names a base tensor")
+        codec = _value_codec(record, name, op, dtype)
+        chunk_log2 = record["chunk_log2"]
+        entries.append(TensorEntry(name, dtype, shape, op, codec, chunk_log2, None, sha256))
+    return tuple(entries)
+
+
+def _op(record: Record, name: str) -> Op:
+    if record["reserved"]:
+        _fail("R-RESERVED", f"reserved bytes of {name!r} are not zero")
+    try:
+        return Op(record["op"])
+    except ValueError:
+        _fail("R-OP", f"{name!r} has unknown op {record['op']}")
+
+
+def _value_codec(record: Record, name: str, op: Op, dtype: DType) -> ValueCodec:
+    code, chunk_log2 = record["value_codec"], record["chunk_log2"]
+    allowed: tuple[ValueCodec, ...] = {
+        Op.COPY: (ValueCodec.NONE,),
+        Op.NEW: (ValueCodec.REPLACE,),
+        Op.DELTA: _CHANGING_CODECS if dtype.is_float else _CHANGING_CODECS[:2],
+    }[op]
+    if code not in allowed:
+        _fail("R-VALUES", f"{name!r} has value codec {code}")
+    low, high = layout.MIN_CHUNK_LOG2, layout.MAX_CHUNK_LOG2
+    if (chunk_log2 != 0) if op is Op.COPY else not low <= chunk_log2 <= high:
+        _fail("R-CHUNKLOG", f"{name!r} has chunks of 2^{chunk_log2} elements")
+    return ValueCodec(code)
+
+
+def _place(entries: tuple[TensorEntry, ...], chunk_records: int) -> tuple[TensorEntry, ...]:
+    """The entries, each with the number of its first chunk."""
+    counts = [entry.chunk_count for entry in entries]
+    if sum(counts) != chunk_records:
+        _fail("C-COUNT", f"{chunk_records} chunk records, shapes ask for {sum(counts)}")
+    firsts = itertools.accumulate(counts, initial=0)
+    return tuple(
+        dataclasses.replace(entry, first_chunk=first)
+        for entry, first in zip(entries, firsts, strict=False)
+    )
+
+
+def _check_chunks(entries: tuple[TensorEntry, ...], chunks: npt.NDArray[np.void]) -> None:
+    counts = [entry.chunk_count for entry in entries]
+
+    def spread(values: list[int]) -> npt.NDArray[np.int64]:
+        return np.repeat(np.array(values, np.int64), counts)
+
+    length = np.int64(1) << spread([entry.chunk_log2 for entry in entries])
+    ends = spread([entry.numel for entry in entries])
+    number = np.arange(len(chunks)) - spread([entry.first_chunk for entry in entries])
+    length = np.minimum(length, ends - number * length)
+    itemsize = spread([entry.dtype.itemsize for entry in entries])
+    is_new = spread([int(entry.op is Op.NEW) for entry in entries]).astype(bool)
+    nnz = chunks["nnz"].astype(np.int64)
+    codec = chunks["mask_codec"]
+    raw = chunks["mask_raw_bytes"].astype(np.int64)
+    stored = chunks["mask_stored_bytes"].astype(np.int64)
+
+    _check(nnz <= length, "C-NNZ", "keeps more elements than it has")
+    _check(codec <= max(MaskCodec), "C-CODEC", "has an unknown mask codec")
+    _check(
+        ((codec == MaskCodec.EMPTY) == (nnz == 0))
+        & ((codec == MaskCodec.FULL) == ((nnz == length) & (nnz > 0))),
+        "C-CODEC",
+        "has a mask codec that its count of kept elements contradicts",
+    )
+    _check(~is_new | (codec == MaskCodec.FULL), "C-NEW", "of a new tensor is not full")
+    _check(
+        (chunks["reserved"] == 0)
+        & (chunks["mask_compressed"] <= 1)
+        & ((chunks["planes_compressed"].astype(np.int64) >> itemsize) == 0),
+        "C-FLAGS",
+        "has unknown flags",
+    )
+    for kind in MaskCodec:
+        here = np.flatnonzero(codec == kind)
+        low, high = codecs.mask_raw_bytes_range(kind, length[here], nnz[here])
+        fits = (raw[here] >= low) & (raw[here] <= high)
+        if kind is MaskCodec.GAP16:
+            fits &= raw[here] % 2 == 0
+        _check(fits, "C-MASKSIZE", "has a mask of an impossible size")
+    _check(
+        np.where(chunks["mask_compressed"] == 1, _plausible(stored, raw), stored == raw),
+        "C-STORED",
+        "has a mask stored in an impossible size",
+    )
+    for plane in range(8):
+        size = chunks["plane_stored_bytes"][:, plane].astype(np.int64)
+        used = plane < itemsize
+        shrunk = (chunks["planes_compressed"] >> plane & 1).astype(bool)
+        expected = np.where(shrunk, _plausible(size, nnz), size == nnz)
+        _check(
+            np.where(used, expected, size == 0),
+            "C-STORED",
+            "has values stored in an impossible size",
+        )
+
+
+def _check(holds: npt.NDArray[np.bool_], rule: str, fault: str) -> None:
+    if not holds.all():
+        _fail(rule, f"chunk {int(np.argmin(holds))} {fault}")
+
+
+def _parse_metadata(raw: bytes) -> Mapping[str, str]:
+    if len(raw) > layout.MAX_METADATA_BYTES:
+        _fail("M-SIZE", f"{len(raw)} bytes of metadata")
+    try:
+        pairs = json.loads(raw.decode(), object_pairs_hook=list, parse_constant=_refuse)
+        raw_text_is_valid = all(
+            isinstance(item, str) and item.encode() is not None for pair in pairs for item in pair
+        )
+    except (ValueError, RecursionError, TypeError):
+        _fail("M-JSON", "metadata is not a flat JSON object of strings in UTF-8")
+    if not raw.startswith(b"{") or not raw_text_is_valid:
+        _fail("M-JSON", "metadata is not a flat JSON object of strings in UTF-8")
+    if len(dict(pairs)) != len(pairs):
+        _fail("M-KEYS", "metadata holds a key twice")
+    return dict(pairs)
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(constant)
+
+
+def _dtypes_and_shapes(
+    table: npt.NDArray[np.void],
+) -> Iterator[tuple[DType, tuple[int, ...]]]:
+    columns = (table[field].tolist() for field in ("dtype", "rank", "shape"))
+    for code, rank, dims in zip(*columns, strict=True):
+        yield BY_CODE[code], tuple(dims[:rank])
+
+
+def _rows(
+    table: npt.NDArray[np.void], names: list[str]
+) -> Iterator[tuple[str, Record, tuple[DType, tuple[int, ...]], bytes]]:
+    """Tensor or file records as Python values, a table at a time: a scalar at a time is slow."""
+    reserved = (
+        (table["reserved0"] != 0) | (table["reserved1"] != 0) | table["reserved2"].any(axis=1)
+    )
+    fields = ("op", "value_codec", "chunk_log2", "base_index")
+    columns = [*(table[field].tolist() for field in fields), reserved.tolist()]
+    for name, values, typed, sha256 in zip(
+        names, zip(*columns, strict=True), _dtypes_and_shapes(table), _digests(table), strict=True
+    ):
+        yield name, dict(zip((*fields, "reserved"), values, strict=True)), typed, sha256
+
+
+def _digests(table: npt.NDArray[np.void]) -> Iterator[bytes]:
+    raw = table["sha256"].tobytes()
+    return (raw[start : start + 32] for start in range(0, len(raw), 32))
+
+
+def _plausible(stored: npt.NDArray[np.int64], raw: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Whether zstd can have made ``stored`` bytes of ``raw``."""
+    return (stored > 0) & (stored < raw) & (raw <= layout.MAX_ZSTD_RATIO * stored)
