@@ -18,17 +18,14 @@ def environment() -> dict[str, str]:
     import numpy
     import zstandard
 
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    ).stdout.strip()
+    commit = _git("rev-parse", "--short", "HEAD") or "unknown"
+    if _git("status", "--porcelain", "--", ":/", ":!/benchmarks/results"):
+        commit += "-dirty"
     versions = (
         f"nps-compress {nps_compress.__version__}, numpy {numpy.__version__}, "
         f"numba {numba.__version__}, zstandard {zstandard.__version__}"
     )
-    return {"machine": _processor(), "versions": versions, "commit": commit or "unknown"}
+    return {"machine": _processor(), "versions": versions, "commit": commit}
 
 
 def save(name: str, rows: list[dict[str, object]]) -> Path:
@@ -52,6 +49,13 @@ def table(rows: list[dict[str, object]]) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in cells
     )
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(
+        ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    return done.stdout.strip()
 
 
 def _processor() -> str:
