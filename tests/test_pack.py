@@ -25,6 +25,7 @@ from nps_compress import (
     RecipeError,
     WriteError,
 )
+from nps_compress.checkpoint import open_checkpoint
 
 
 def load(folder: Path) -> dict[str, torch.Tensor]:
@@ -86,6 +87,8 @@ def test_every_dtype_survives(tmp_path):
     nps_compress.verify(a, tmp_path / "t.nps")
     nps_compress.unpack(a, tmp_path / "t.nps", tmp_path / "out")
     assert_same(load(tmp_path / "out"), tuned)
+    for tensor in open_checkpoint(tmp_path / "out").tensors.values():
+        assert tensor.offset % tensor.dtype.itemsize == 0, tensor
 
 
 @pytest.mark.parametrize("prune", ["magnitude", "sampled"])
