@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+# What small tensors in work may take together, beside the largest ones.
+MEMORY_SLACK = 256 << 20
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -23,6 +26,8 @@ def bounded_map(
     function: Callable[[T], R], items: Iterable[T], cost: Callable[[T], int], budget: int
 ) -> Iterator[R]:
     """Results in the order of ``items``, while the costs of unfinished ones stay within budget.
+
+    At most four items a worker are in work or waiting to be taken.
 
     An item that alone exceeds the budget runs alone. What an item costs counts until its result
     has been taken and the next one asked for.

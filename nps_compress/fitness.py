@@ -157,7 +157,7 @@ class Fitness:
         return batch.inputs["input_ids"][:, 1:][_next_is_text(batch)]
 
     def _batch(self, rows: Sequence[Row], tokenizer: Any, batch_size: int) -> list[_Batch]:
-        positions = getattr(self.model.config, "max_position_embeddings", MAX_TOKENS)
+        positions = getattr(self.model.config, "max_position_embeddings", None) or MAX_TOKENS
         limit = min(tokenizer.model_max_length, positions, MAX_TOKENS)
         tokens = tokenizer([row.text for row in rows], truncation=True, max_length=limit)
         for number, ids in enumerate(tokens["input_ids"], 1):

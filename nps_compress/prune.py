@@ -272,8 +272,9 @@ def _select(  # type: ignore[no-untyped-def]
             z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
             z = z ^ (z >> np.uint64(31))
             draw = np.float64(z >> np.uint64(11)) * 2.0**-53
-            # A step is at most 1.5 times what is left of it after rounding, unless nothing is.
-            if draw >= (1.5 * probability if sampled else probability):
+            # A step is at most twice what rounding leaves of it, unless that is nothing: 1.5 times
+            # within an octave, twice where it crosses into one of wider spacing.
+            if draw >= (2.0 * probability if sampled else probability):
                 continue
             if sampled:
                 value = step32 if value > 0 else -step32

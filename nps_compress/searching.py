@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nps_compress._progress import bar
+from nps_compress._threads import MEMORY_SLACK
 from nps_compress.atomic import refuse_existing, refuse_input_as_output
 from nps_compress.candidates import Pruner, find_coefficients
 from nps_compress.checkpoint import Pair, open_checkpoint, pair
 from nps_compress.recipe import Recipe
 from nps_compress.search import Progress, check_search_options, population_size
-
-_MEMORY_SLACK = 256 << 20
 
 
 def search_recipe(
@@ -106,7 +105,7 @@ class SearchJob:
 def memory_budget(pair_: Pair) -> int:
     """Bytes that tensors in work may take: three of the largest, and room for small ones."""
     largest = max(tensor.nbytes for tensor in pair_.finetuned.tensors.values())
-    return 3 * largest + _MEMORY_SLACK
+    return 3 * largest + MEMORY_SLACK
 
 
 def input_files(pair_: Pair, calibration: str | Path | None) -> Iterator[Path]:

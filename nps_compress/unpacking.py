@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nps_compress._progress import bar
-from nps_compress._threads import bounded_map
+from nps_compress._threads import MEMORY_SLACK, bounded_map
 from nps_compress.atomic import (
     atomic_directory,
     refuse_input_as_output,
@@ -30,7 +30,6 @@ from nps_compress.format.records import BaseTensor, TensorEntry
 from nps_compress.reconstruct import Task
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
-_MEMORY_SLACK = 256 << 20
 _OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 
@@ -118,7 +117,9 @@ def verify(
         _check_layout(task_, base_, reader.tensors)
         extra = sorted(set(base_.tensors) - {tensor.name for tensor in reader.base})
         if extra:
-            raise _mismatch(task_, base_, extra[0], "is not in the base the task was made from")
+            raise _mismatch(
+                task_, base_, f"tensor {extra[0]!r}", "is not in the base the task was made from"
+            )
         difference = _first_difference(task_, base_, progress)
         if difference:
             raise difference
@@ -152,7 +153,7 @@ def _rebuilt(
         return entry, words, task.matches(entry.name, words)
 
     largest = max(map(_nbytes, entries), default=0)
-    for entry, words, matches in bounded_map(run, entries, _nbytes, 2 * largest + _MEMORY_SLACK):
+    for entry, words, matches in bounded_map(run, entries, _nbytes, 2 * largest + MEMORY_SLACK):
         if not matches:
             raise _first_difference(task, base) or task.damaged(entry.name)
         yield entry, words
@@ -165,12 +166,12 @@ def _check_layout(task: Task, base: Checkpoint, entries: Iterable[TensorEntry]) 
         found = base.tensors.get(record.name)
         if found is None:
             if index in used:
-                raise _mismatch(task, base, record.name, "is missing")
+                raise _mismatch(task, base, f"tensor {record.name!r}", "is missing")
         elif (found.dtype, found.shape) != (record.dtype, record.shape):
             raise _mismatch(
                 task,
                 base,
-                record.name,
+                f"tensor {record.name!r}",
                 f"is {found.dtype.name} {list(found.shape)}, "
                 f"not {record.dtype.name} {list(record.shape)}",
             )
@@ -187,20 +188,20 @@ def _first_difference(
     records = task.reader.base
     for record in records:
         if record.name not in base.tensors:
-            return _mismatch(task, base, record.name, "is missing")
+            return _mismatch(task, base, f"tensor {record.name!r}", "is missing")
     sizes = {record.name: base.tensors[record.name].nbytes for record in records}
-    budget = 2 * max(sizes.values(), default=0) + _MEMORY_SLACK
+    budget = 2 * max(sizes.values(), default=0) + MEMORY_SLACK
     results = bounded_map(differs, records, lambda record: sizes[record.name], budget)
     with bar(len(records), "hashing base", "tensor", progress) as advance:
         for record, different in zip(records, results, strict=True):
             if different:
-                return _mismatch(task, base, record.name, "has other values")
+                return _mismatch(task, base, f"tensor {record.name!r}", "has other values")
             advance()
     return None
 
 
-def _mismatch(task: Task, base: Checkpoint, tensor: str, difference: str) -> BaseMismatchError:
-    return BaseMismatchError(base.path, f"tensor {tensor!r}", difference, task.base_name)
+def _mismatch(task: Task, base: Checkpoint, what: str, difference: str) -> BaseMismatchError:
+    return BaseMismatchError(base.path, what, difference, task.base_name)
 
 
 def _side_files(task: Task, base: Checkpoint) -> Iterator[tuple[str, bytes]]:
@@ -212,16 +213,12 @@ def _side_files(task: Task, base: Checkpoint) -> Iterator[tuple[str, bytes]]:
             continue
         else:
             if entry.name not in base.side_files:
-                raise _wrong_file(task, base, entry.name, "is missing")
+                raise _mismatch(task, base, f"file {entry.name!r}", "is missing")
             data = base.read_side_file(entry.name)
             if (len(data), hashlib.sha256(data).digest()) != (entry.numel, entry.sha256):
-                raise _wrong_file(task, base, entry.name, "has another content")
+                raise _mismatch(task, base, f"file {entry.name!r}", "has another content")
         if entry.name in SIDE_FILES:
             yield entry.name, data
-
-
-def _wrong_file(task: Task, base: Checkpoint, name: str, difference: str) -> BaseMismatchError:
-    return BaseMismatchError(base.path, f"file {name!r}", difference, task.base_name)
 
 
 def _is_ours(name: str) -> bool:

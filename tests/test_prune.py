@@ -181,6 +181,15 @@ def test_sampled_stays_unbiased_after_rounding(dtype, density, rng):
         assert 4 * noise < 0.01 * abs(tau[here].sum())
 
 
+def test_sampled_stays_unbiased_across_a_power_of_two():
+    # From the last float below 2, half a spacing above 2 rounds back to 2: half of the step.
+    base, tuned = np.full(N, 0x3FFF, np.uint16), np.full(N, 0x4000, np.uint16)
+    before, after = to_float32(base, BF16), to_float32(tuned, BF16)
+    selection = plan(histogram_of(before, after), "sampled", 0.5)
+    moved = to_float32(prune(selection, base, BF16, tuned, BF16, 1), BF16) - before
+    assert moved.mean() == pytest.approx((after - before).mean(), rel=0.02)
+
+
 @pytest.mark.parametrize("rule", ["magnitude", "sampled"])
 def test_nothing_finite_becomes_infinite(rule):
     base = round_float32(np.full(4000, 65000, np.float32), F16)
