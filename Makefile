@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test check format clean bench
+.PHONY: help install demo test check format clean bench memory vectors conformance fuzz
 
 help:
 	@echo "make demo     pack, verify and unpack a real fine-tune (about 4 minutes on 2 cores)"
@@ -12,6 +12,9 @@ help:
 	@echo "make format   put the code in its format"
 	@echo "make bench    encode and decode speed beside a plain copy (CPU)"
 	@echo "make memory   peak memory of pack and unpack on a 6 GB checkpoint (needs 20 GB of disk)"
+	@echo "make vectors  write the format's conformance vectors"
+	@echo "make conformance  read every vector with every reader, write format_spec/CONFORMANCE.md"
+	@echo "make fuzz     fuzz reader and codecs, FUZZ_SECONDS each (default 60; Linux)"
 	@echo "make clean    remove the environment and everything built"
 
 install: $(STAMP)
@@ -45,5 +48,16 @@ bench: $(STAMP)
 memory: $(STAMP)
 	@$(BIN)/python benchmarks/memory.py
 
+vectors: $(STAMP)
+	@$(BIN)/python format_spec/vectors/generate.py
+
+conformance: $(STAMP)
+	@$(BIN)/python format_spec/conformance.py
+
+FUZZ_SECONDS ?= 60
+fuzz: $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt atheris
+	@$(BIN)/python tests/fuzz/run.py --seconds $(FUZZ_SECONDS)
+
 clean:
-	rm -rf $(VENV) demo-output build dist *.egg-info
+	rm -rf $(VENV) demo-output fuzz-work build dist *.egg-info

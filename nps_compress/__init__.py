@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         NpsError,
         OutOfMemoryError,
         OutputExistsError,
+        OutputTooLargeError,
         PickleRefusedError,
         RecipeError,
         SearchInterruptedError,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from nps_compress.recipe import Recipe
     from nps_compress.reconstruct import Task, rebuild
     from nps_compress.searching import search_recipe
+    from nps_compress.sparse_safetensors import ExportReport, export_sparse, import_sparse
     from nps_compress.unpacking import UnpackReport, VerifyReport, unpack, verify
     from nps_compress.unpacking import open_task as open
 
@@ -41,11 +43,13 @@ _HOME = {
     "BaseMismatchError": "errors",
     "CalibrationError": "errors",
     "CheckpointError": "errors",
+    "ExportReport": "sparse_safetensors",
     "FormatError": "errors",
     "InvalidArgumentError": "errors",
     "NpsError": "errors",
     "OutOfMemoryError": "errors",
     "OutputExistsError": "errors",
+    "OutputTooLargeError": "errors",
     "PackReport": "packing",
     "PickleRefusedError": "errors",
     "Recipe": "recipe",
@@ -55,6 +59,8 @@ _HOME = {
     "UnpackReport": "unpacking",
     "VerifyReport": "unpacking",
     "WriteError": "errors",
+    "export_sparse": "sparse_safetensors",
+    "import_sparse": "sparse_safetensors",
     "inspect": "inspection",
     "open": "unpacking.open_task",
     "pack": "packing",

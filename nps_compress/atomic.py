@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from nps_compress.errors import OutputExistsError, WriteError
+from nps_compress.errors import OutputExistsError, OutputTooLargeError, WriteError
 
 
 @contextlib.contextmanager
@@ -85,6 +85,16 @@ def refuse_input_as_output(out: Path, inputs: Iterable[Path]) -> None:
         source = path.resolve()
         if target == source or target in source.parents:
             raise OutputExistsError(out, f"would replace the input {path}")
+
+
+def refuse_too_large(out: Path, nbytes: int, limit: int | None) -> None:
+    """Raise OutputTooLargeError where ``nbytes`` exceed the limit or the free space for ``out``."""
+    if limit is not None and nbytes > limit:
+        raise OutputTooLargeError(out, nbytes, f"at most {limit:,} were allowed")
+    with os_errors_as_write_errors(out):
+        free = shutil.disk_usage(out.absolute().parent).free
+    if nbytes > free:
+        raise OutputTooLargeError(out, nbytes, f"the disk has {free:,} free")
 
 
 def refuse_existing(path: Path, force: bool) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from nps_compress.dtypes import BY_NAME, DType, Words, digest
 from nps_compress.errors import CheckpointError, PickleRefusedError
-from nps_compress.format.layout import MAX_RANK
+from nps_compress.format.layout import MAX_RANK, RESERVED_NAME
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -56,6 +57,16 @@ class StoredTensor:
         """Number of elements."""
         return self.nbytes // self.dtype.itemsize
 
+    def read(self) -> Words:
+        """The tensor as a new writable array. -> [numel] words. Raises CheckpointError."""
+        try:
+            words = np.fromfile(self.file, self.dtype.word, self.numel, offset=self.offset)
+        except OSError as error:
+            raise CheckpointError(self.file, error.strerror or str(error)) from error
+        if words.size != self.numel:
+            raise CheckpointError(self.file, f"ends inside tensor {self.name!r}")
+        return words
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -68,14 +79,7 @@ class Checkpoint:
 
     def read(self, name: str) -> Words:
         """The tensor as a new writable array. -> [numel] words. Raises CheckpointError."""
-        tensor = self.tensors[name]
-        try:
-            words = np.fromfile(tensor.file, tensor.dtype.word, tensor.numel, offset=tensor.offset)
-        except OSError as error:
-            raise CheckpointError(tensor.file, error.strerror or str(error)) from error
-        if words.size != tensor.numel:
-            raise CheckpointError(tensor.file, f"ends inside tensor {name!r}")
-        return words
+        return self.tensors[name].read()
 
     def read_side_file(self, name: str) -> bytes:
         """The bytes of a side file. Raises CheckpointError."""
@@ -122,10 +126,10 @@ def _open(source: str) -> Checkpoint:
             if any(path.match(pattern) for pattern in _PICKLES):
                 raise PickleRefusedError(path, path.name)
             raise CheckpointError(path, "is neither a folder nor a .safetensors file")
-        return Checkpoint(path, name, _sorted(_read_header(path)), {})
+        return Checkpoint(path, name, _sorted(read_header(path)[0]), {})
     tensors: dict[str, StoredTensor] = {}
     for file in _weight_files(path):
-        for tensor_name, tensor in _read_header(file).items():
+        for tensor_name, tensor in read_header(file)[0].items():
             if tensor_name in tensors:
                 raise CheckpointError(path, f"tensor {tensor_name!r} is in two shards")
             tensors[tensor_name] = tensor
@@ -161,6 +165,24 @@ def pair(base: Checkpoint, finetuned: Checkpoint) -> Pair:
             finetuned.path, f"shares no tensor of the same name and shape with {base.path}"
         )
     return Pair(base, finetuned, names)
+
+
+def encode_header(
+    tensors: Iterable[tuple[str, DType, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> bytes:
+    """Length and JSON header of a safetensors file whose data follow in this order.
+
+    The library can only write what is in memory. Put wide dtypes first, so that all are aligned.
+    """
+    header: dict[str, object] = {RESERVED_NAME: dict(metadata)}
+    offset = 0
+    for name, dtype, shape in tensors:
+        end = offset + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": dtype.name, "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def content_digest(checkpoint: Checkpoint) -> str:
@@ -225,7 +247,12 @@ def _weight_files(folder: Path) -> list[Path]:
     raise CheckpointError(folder, "holds no .safetensors weights")
 
 
-def _read_header(file: Path) -> dict[str, StoredTensor]:
+def read_header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """The tensors of one safetensors file, in its order, and its metadata.
+
+    Raises:
+        CheckpointError: not a readable safetensors file, or an unsupported dtype or rank.
+    """
     try:
         with safe_open(file, framework="numpy"):  # checks the header: sizes, offsets, overlaps
             pass
@@ -236,7 +263,7 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(file, f"is not a readable safetensors file ({error})") from error
     tensors = {}
     for name, fields in header.items():
-        if name == "__metadata__":
+        if name == RESERVED_NAME:
             continue
         dtype = BY_NAME.get(fields["dtype"])
         if dtype is None:
@@ -247,7 +274,7 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
         tensors[name] = StoredTensor(
             name, dtype, tuple(fields["shape"]), file, 8 + size + begin, end - begin
         )
-    return tensors
+    return tensors, header.get(RESERVED_NAME, {})
 
 
 def _cached_snapshot(repo_id: str) -> Path:

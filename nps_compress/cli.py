@@ -15,6 +15,7 @@ from nps_compress import __version__
 from nps_compress.errors import NpsError, SearchInterruptedError
 
 if TYPE_CHECKING:
+    from nps_compress.packing import PackReport
     from nps_compress.recipe import Recipe
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -199,22 +200,9 @@ def pack(
         force=force,
         progress=True,
     )
+    _print_pack(report, as_json)
     if as_json:
-        _print_json(
-            {
-                **asdict(report),
-                "path": str(report.path),
-                "density": report.density,
-                "bits_per_param": report.bits_per_param,
-                "ratio": report.ratio,
-            }
-        )
         return
-    click.echo(
-        f"{report.path}: {report.file_bytes:,} bytes, {report.bits_per_param:.4g} bits per "
-        f"parameter, {report.ratio:.1f}x smaller than the fine-tune; "
-        f"{report.nnz:,} of {report.total_params:,} weights kept ({report.density:.3%})"
-    )
     if calibration is None and recipe_path is None and not lossless:
         click.echo("no calibration data: nothing was searched, all coefficients are 1")
     elif calibration is not None and report.recipe:
@@ -284,10 +272,17 @@ def search(
     show_default=True,
     help="Largest weight file, in GB (10^9 bytes).",
 )
+@click.option("--max-size", type=float, help="Refuse a result of more weights than this many GB.")
 @_force
 @_json
 def unpack(
-    base: str, task: Path, output: Path, max_shard_size: float, force: bool, as_json: bool
+    base: str,
+    task: Path,
+    output: Path,
+    max_shard_size: float,
+    max_size: float | None,
+    force: bool,
+    as_json: bool,
 ) -> None:
     """Rebuild the fine-tune of TASK as a folder that from_pretrained loads.
 
@@ -299,8 +294,17 @@ def unpack(
 
     if not 0 < max_shard_size < math.inf:
         raise click.BadParameter(f"{max_shard_size} GB", param_hint="--max-shard-size")
-    shard_bytes = max(int(max_shard_size * 1e9), 1)
-    report = run(base, task, output, max_shard_bytes=shard_bytes, force=force, progress=True)
+    if max_size is not None and not 0 < max_size < math.inf:
+        raise click.BadParameter(f"{max_size} GB", param_hint="--max-size")
+    report = run(
+        base,
+        task,
+        output,
+        max_shard_bytes=max(int(max_shard_size * 1e9), 1),
+        max_bytes=None if max_size is None else int(max_size * 1e9),
+        force=force,
+        progress=True,
+    )
     if as_json:
         _print_json({**asdict(report), "path": str(report.path)})
     else:
@@ -311,23 +315,34 @@ def unpack(
         )
 
 
-@main.command()
-@click.argument("base")
-@_task_argument
+@main.command(options_metavar="[OPTIONS]")
+@click.argument("paths", nargs=-1, required=True, metavar="[BASE] TASK")
 @_json
-def verify(base: str, task: Path, as_json: bool) -> None:
+def verify(paths: tuple[str, ...], as_json: bool) -> None:
     """Check all that TASK promises: its bytes, the whole BASE, every rebuilt tensor.
+
+    Without BASE: all that can be checked from the file alone, which is every byte of it, but not
+    that a base and the file make the fine-tune.
 
     \b
     Example:
       nps-compress verify base/ law.nps
+      nps-compress verify law.nps
     """
     from nps_compress.unpacking import verify as run
 
+    if len(paths) > 2:
+        raise click.UsageError(f"expected [BASE] TASK, received {len(paths)} arguments")
+    base, task = paths if len(paths) == 2 else (None, paths[0])
     names: list[str] = []
     report = run(base, task, progress=True, on_tensor=lambda entry: names.append(entry.name))
     if as_json:
         _print_json({"ok": True, **asdict(report), "verified": names})
+    elif base is None:
+        click.echo(
+            f"{task}: ok: every byte of the file is as it promises; checking the rebuilt tensors "
+            "needs the base"
+        )
     else:
         click.echo(
             f"{task}: ok: {report.base_tensors} base tensors match, {report.tensors} rebuilt "
@@ -380,6 +395,57 @@ def inspect(task: Path, as_json: bool) -> None:
     click.echo(
         f"base {found['base_name']}: {found['base_tensors']} tensors, root {found['base_root']}"
     )
+    click.echo(f"content sha256 {found['content_sha256']}\nfile sha256 {found['file_sha256']}")
+
+
+@main.command()
+@_task_argument
+@click.option("--base", required=True, help="The base that TASK was packed against.")
+@click.option(
+    "--to",
+    type=click.Choice(["sparse-safetensors"]),
+    default="sparse-safetensors",
+    show_default=True,
+    help="sparse-safetensors: NAME.indices and NAME.values, as TRL, verl and vLLM read.",
+)
+@_out("The .safetensors file to write.")
+@_force
+@_json
+def export(task: Path, base: str, to: str, output: Path, force: bool, as_json: bool) -> None:
+    """Write the changes of TASK for other tools; `import` undoes it.
+
+    \b
+    Example:
+      nps-compress export law.nps --base base/ --to sparse-safetensors -o law-patch.safetensors
+    """
+    from nps_compress.sparse_safetensors import export_sparse
+
+    report = export_sparse(base, task, output, force=force, progress=True)
+    if as_json:
+        _print_json({**asdict(report), "path": str(report.path)})
+    else:
+        click.echo(
+            f"{report.path}: {report.file_bytes:,} bytes, {report.nnz:,} elements of "
+            f"{report.changed_tensors} tensors, {report.new_tensors} tensors whole"
+        )
+
+
+@main.command("import")
+@click.argument("patch", type=click.Path(path_type=Path))
+@click.option("--base", required=True, help="The base that PATCH changes.")
+@_out("The .nps file to write.")
+@_force
+@_json
+def import_(patch: Path, base: str, output: Path, force: bool, as_json: bool) -> None:
+    """Pack PATCH, a sparse safetensors file of `export` or of another tool, bit for bit.
+
+    \b
+    Example:
+      nps-compress import law-patch.safetensors --base base/ -o law.nps
+    """
+    from nps_compress.sparse_safetensors import import_sparse
+
+    _print_pack(import_sparse(base, patch, output, force=force, progress=True), as_json)
 
 
 def _recipe(options: dict[str, Any], searched: bool) -> Recipe:
@@ -405,6 +471,25 @@ def _given(ctx: click.Context, names: set[str]) -> list[str]:
         if param.name in names
         and ctx.get_parameter_source(param.name) is click.core.ParameterSource.COMMANDLINE
     ]
+
+
+def _print_pack(report: PackReport, as_json: bool) -> None:
+    if as_json:
+        _print_json(
+            {
+                **asdict(report),
+                "path": str(report.path),
+                "density": report.density,
+                "bits_per_param": report.bits_per_param,
+                "ratio": report.ratio,
+            }
+        )
+        return
+    click.echo(
+        f"{report.path}: {report.file_bytes:,} bytes, {report.bits_per_param:.4g} bits per "
+        f"parameter, {report.ratio:.1f}x smaller than the fine-tune; "
+        f"{report.nnz:,} of {report.total_params:,} weights kept ({report.density:.3%})"
+    )
 
 
 def _print_search(recipe: Recipe) -> None:

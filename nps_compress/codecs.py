@@ -67,6 +67,20 @@ class EncodedChunk:
         """Mask and planes, end to end."""
         return self.mask + b"".join(self.planes)
 
+    @property
+    def raw_bytes(self) -> int:
+        """Bytes of mask and planes once zstd is undone."""
+        return self.mask_raw_bytes + self.nnz * len(self.planes)
+
+    def stored_raw(self) -> EncodedChunk:
+        """The same chunk without zstd."""
+        mask = decompress(self.mask, self.mask_raw_bytes) if self.mask_compressed else self.mask
+        planes = tuple(
+            decompress(plane, self.nnz) if self.planes_compressed >> index & 1 else plane
+            for index, plane in enumerate(self.planes)
+        )
+        return EncodedChunk(self.nnz, self.mask_codec, self.mask_raw_bytes, False, mask, 0, planes)
+
 
 # -- zstd -------------------------------------------------------------------------------------
 

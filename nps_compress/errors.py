@@ -11,6 +11,7 @@
     ├── FormatError               a .nps file breaks a rule of format_spec/SPEC.md
     ├── BaseMismatchError         the base is not the one the task was packed against
     ├── OutputExistsError         the output is there already
+    ├── OutputTooLargeError       the output would exceed a limit or the free space
     ├── OutOfMemoryError          a tensor or file does not fit into memory
     ├── WriteError                the output can't be written (disk full, no permission)
     └── SearchInterruptedError    the search was stopped; it can be resumed
@@ -93,6 +94,14 @@ class OutputExistsError(NpsError):
     def __init__(self, path: Path | str, reason: str = "exists; pass --force to overwrite") -> None:
         self.path, self.reason = path, reason
         super().__init__(f"{path}: {reason}")
+
+
+class OutputTooLargeError(NpsError):
+    """The output would be larger than was allowed, or than the disk has room for."""
+
+    def __init__(self, path: Path | str, nbytes: int, reason: str) -> None:
+        self.path, self.nbytes, self.reason = path, nbytes, reason
+        super().__init__(f"{path} would take {nbytes:,} bytes; {reason}")
 
 
 class OutOfMemoryError(NpsError):

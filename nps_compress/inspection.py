@@ -16,6 +16,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
     ``tensors``: name, op (copy, delta, new, or deleted: only the base has it), shape, dtype,
     numel, nnz, density, stored_bytes, bits_per_param, codecs, base_tensor. ``density`` is kept
     elements over all of the fine-tune's, ``bits_per_param`` file bytes x 8 over the same.
+    ``content_sha256`` identifies the fine-tune however it is encoded, ``file_sha256`` this file:
+    what a detached signature covers (SPEC.md, security).
 
     Raises:
         FormatError: the file breaks a rule; InvalidArgumentError: it can't be read.
@@ -56,6 +58,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
             "bits_per_param": 8 * reader.file_bytes / total if total else 0.0,
             "base_name": task.base_name,
             "base_root": reader.base_root.hex(),
+            "content_sha256": reader.content_digest.hex(),
+            "file_sha256": reader.file_digest().hex(),
             "base_tensors": len(reader.base),
             "tensors": tensors,
             "files": [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,13 +18,13 @@ from nps_compress.candidates import SLICE, Pruner
 from nps_compress.checkpoint import Checkpoint, Pair, open_checkpoint, pair
 from nps_compress.codecs import EncodedChunk, ValueCodec, best_value_codec, encode_chunk
 from nps_compress.dtypes import DType, Words, digest
-from nps_compress.errors import InvalidArgumentError
+from nps_compress.errors import BaseMismatchError, InvalidArgumentError
 from nps_compress.format.layout import MIN_CHUNK_LOG2, Op
-from nps_compress.format.records import BaseTensor, TensorEntry, base_root
+from nps_compress.format.records import BaseTensor, TensorEntry, base_root, printable
 from nps_compress.format.writer import NpsWriter, check_name
 from nps_compress.prune import Selection
 from nps_compress.recipe import Recipe
-from nps_compress.reconstruct import BASE_NAME_KEY
+from nps_compress.reconstruct import BASE_NAME_KEY, FINETUNED_NAME_KEY
 from nps_compress.searching import SearchJob, counted, input_files, memory_budget
 
 # Side files up to this size are stored even where the base has the same: a config is often
@@ -103,7 +103,7 @@ def pack(
     pruner = None if lossless else counted(pair_, recipe, progress)
     if pruner and search:
         pruner.recipe = search.run(pruner, progress)
-    report = _write(pair_, pruner, out, force, progress)
+    report = write(pair_, pruner, out, {}, force, progress)
     if search:
         search.state.unlink(missing_ok=True)
     return report
@@ -116,9 +116,23 @@ class _Encoded:
     base: BaseTensor | None
 
 
-def _write(
-    pair_: Pair, pruner: Pruner | None, out: Path, force: bool, progress: bool
+def write(
+    pair_: Pair,
+    pruner: Pruner | None,
+    out: Path,
+    metadata: Mapping[str, str],
+    force: bool,
+    progress: bool,
+    required_base_root: str | None = None,
 ) -> PackReport:
+    """Write a paired fine-tune, pruned or (pruner None) with every changed bit.
+
+    metadata: beside, or instead of, what every file says of itself.
+
+    Raises:
+        OutputExistsError, CheckpointError, WriteError.
+        BaseMismatchError: the base has another root than is required.
+    """
     base, finetuned = pair_.base, pair_.finetuned
     base_index = {name: index for index, name in enumerate(base.tensors)}
     selection = pruner.selection() if pruner else None
@@ -127,10 +141,10 @@ def _write(
     def encode(name: str) -> _Encoded:
         return _encode(pair_, name, pruner if name in prunable else None, selection, base_index)
 
-    metadata = {BASE_NAME_KEY: base.name, "finetuned_name": finetuned.name}
-    metadata["tool"] = f"nps-compress {__version__}"
+    said = {BASE_NAME_KEY: base.name, FINETUNED_NAME_KEY: finetuned.name}
+    said["tool"] = f"nps-compress {__version__}"
     if pruner:
-        metadata["recipe"] = json.dumps(pruner.recipe.to_dict())
+        said["recipe"] = json.dumps(pruner.recipe.to_dict())
     nnz, known = 0, {}
     with atomic_file(out, force) as stream:
         writer = NpsWriter(stream)
@@ -153,14 +167,19 @@ def _write(
             else:
                 writer.add_file(name, data)
         table = [known.get(name) or _identify(base, name, base.read(name)) for name in base.tensors]
-        file_bytes = writer.finish(table, metadata)
+        root = base_root(table).hex()
+        if required_base_root not in (None, root):
+            made_from = metadata.get(BASE_NAME_KEY, "unnamed base")
+            what = f"root {required_base_root}"
+            raise BaseMismatchError(base.path, what, f"is {root}", printable(made_from))
+        file_bytes = writer.finish(table, {**said, **metadata})
     return PackReport(
         out,
         file_bytes,
         finetuned.total_params,
         nnz,
         sum(tensor.nbytes for tensor in finetuned.tensors.values()),
-        base_root(table).hex(),
+        root,
         pruner.recipe if pruner else None,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     from nps_compress.kernels.form import SparseForm
 
-BASE_NAME_KEY = "base_name"
+BASE_NAME_KEY, FINETUNED_NAME_KEY = "base_name", "finetuned_name"
 
 
 class Task:
@@ -111,7 +112,8 @@ class Task:
             codec, dtype = entry.value_codec, entry.dtype
             apply_payload(codec, chunk.planes, chunk.positions, before, after, dtype)
 
-        numbers = range(entry.chunk_count)
+        everything = range(entry.chunk_count)
+        numbers = self.reader.chunks_to_read(entry) if in_place else everything
         if threads == 1 or len(numbers) == 1:
             for number in numbers:
                 run(number)
@@ -181,6 +183,26 @@ class Task:
         what = f"tensor {self.base_tensor_name(name)!r}"
         return BaseMismatchError("the given tensor", what, difference, self.base_name)
 
+    def kept_positions(self, name: str) -> npt.NDArray[np.int64]:
+        """Flat positions of the elements that the file keeps, ascending. [nnz] int64.
+
+        Raises:
+            FormatError: a chunk is damaged.
+        """
+        parts = [positions for positions, _ in self._kept(self.entry(name))]
+        return np.concatenate([np.empty(0, np.int64), *parts])
+
+    def _kept(
+        self, entry: TensorEntry
+    ) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]]:
+        """Positions within the tensor, [n] int64, and value planes of each chunk that has any."""
+        for number in self.reader.chunks_to_read(entry):
+            chunk = self.reader.read_chunk(entry, number)
+            kept = chunk.positions
+            if kept is None:
+                kept = np.arange(chunk.numel, dtype=np.uint32)
+            yield kept.astype(np.int64) + (number << entry.chunk_log2), chunk.planes
+
     def sparse_form(self, name: str, device: torch.device | str = "cpu") -> SparseForm:
         """The tensor's changes in the form the kernels read. Raises FormatError."""
         from nps_compress.kernels.form import sparse_form
@@ -189,13 +211,9 @@ class Task:
         signed = np.dtype(f"<i{entry.dtype.itemsize}")
         positions: list[npt.NDArray[np.int64]] = [np.empty(0, np.int64)]
         values: list[npt.NDArray[np.signedinteger]] = [np.empty(0, signed)]
-        for number in range(entry.chunk_count):
-            chunk = self.reader.read_chunk(entry, number)
-            kept = chunk.positions
-            if kept is None:
-                kept = np.arange(chunk.numel, dtype=np.uint32)
-            positions.append(kept.astype(np.int64) + (number << entry.chunk_log2))
-            payload = np.ascontiguousarray(chunk.planes.T).view(entry.dtype.word).reshape(-1)
+        for kept, planes in self._kept(entry):
+            positions.append(kept)
+            payload = np.ascontiguousarray(planes.T).view(entry.dtype.word).reshape(-1)
             if entry.value_codec is ValueCodec.ULP:
                 zigzag = payload + payload.dtype.type(1)
                 one = payload.dtype.type(1)

@@ -14,6 +14,7 @@ from nps_compress._threads import MEMORY_SLACK, bounded_map
 from nps_compress.atomic import (
     atomic_directory,
     refuse_input_as_output,
+    refuse_too_large,
     refuse_unrelated_content,
 )
 from nps_compress.checkpoint import (
@@ -21,15 +22,18 @@ from nps_compress.checkpoint import (
     WEIGHTS,
     WEIGHTS_INDEX,
     Checkpoint,
+    encode_header,
     open_checkpoint,
 )
 from nps_compress.dtypes import Words, digest
 from nps_compress.errors import BaseMismatchError, InvalidArgumentError
 from nps_compress.format.layout import Op
+from nps_compress.format.reader import NpsReader
 from nps_compress.format.records import BaseTensor, TensorEntry
 from nps_compress.reconstruct import Task
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
+_CHUNK_BYTES = 64 << 20  # a chunk of two-byte words in work, with its positions
 _OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 
@@ -45,12 +49,18 @@ class UnpackReport:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What was verified: every one of these held."""
+    """What was verified: every one of these held.
+
+    Without a base (``with_base`` False): the file's own rules, every chunk, and the digests of
+    what is new; ``base_tensors`` is 0.
+    """
 
     tensors: int
     base_tensors: int
     files: int
     base_root: str
+    content_sha256: str
+    with_base: bool
 
 
 def unpack(
@@ -59,15 +69,18 @@ def unpack(
     out: str | Path,
     *,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    max_bytes: int | None = None,
     force: bool = False,
     progress: bool = False,
 ) -> UnpackReport:
     """Rebuild the fine-tune as a folder that ``from_pretrained`` loads.
 
-    Every tensor's digest is checked before the folder appears.
+    Every tensor's digest is checked before the folder appears. A result of more than
+    ``max_bytes`` of weights, or than the disk has room for, is refused before anything is written.
 
     Raises:
-        OutputExistsError, CheckpointError, FormatError, BaseMismatchError, WriteError.
+        OutputExistsError, CheckpointError, FormatError, BaseMismatchError, WriteError,
+        OutputTooLargeError.
     """
     out = Path(out)
     if max_shard_bytes < 1:
@@ -76,8 +89,10 @@ def unpack(
     base_ = open_checkpoint(base)
     refuse_input_as_output(out, [base_.path, Path(task)])
     with open_task(task) as task_:
-        _check_layout(task_, base_, task_.reader.tensors)
-        side_files = dict(_side_files(task_, base_))
+        check_layout(task_, base_, task_.reader.tensors)
+        nbytes = sum(_nbytes(entry) for entry in task_.reader.tensors)
+        refuse_too_large(out, nbytes, max_bytes)
+        side_files = dict(side_files_of(task_, base_))
         shards = _shards(task_.reader.tensors, max_shard_bytes)
         with (
             atomic_directory(out, force, _is_ours) as folder,
@@ -85,8 +100,9 @@ def unpack(
         ):
             for file, entries in shards.items():
                 with (folder / file).open("wb") as stream:
-                    stream.write(_safetensors_header(entries))
-                    for _, words in _rebuilt(task_, base_, entries):
+                    header = [(entry.name, entry.dtype, entry.shape) for entry in entries]
+                    stream.write(encode_header(header, {"format": "pt"}))
+                    for _, words in rebuilt(task_, base_, entries):
                         stream.write(words.data)
                         advance()
             if len(shards) > 1:
@@ -94,12 +110,11 @@ def unpack(
                 (folder / WEIGHTS_INDEX).write_text(index, encoding="utf-8")
             for name, data in side_files.items():
                 (folder / name).write_bytes(data)
-    nbytes = sum(_nbytes(entry) for entry in task_.reader.tensors)
     return UnpackReport(out, len(task_.entries), nbytes, tuple(side_files))
 
 
 def verify(
-    base: str | Path,
+    base: str | Path | None,
     task: str | Path,
     *,
     progress: bool = False,
@@ -107,14 +122,18 @@ def verify(
 ) -> VerifyReport:
     """Check everything the file promises: its own bytes, the whole base, every rebuilt tensor.
 
+    With base None: all that can be checked from the file alone.
+
     Raises:
         FormatError: the file is damaged. BaseMismatchError: the base is another one; names the
         first difference. CheckpointError: the base can't be read.
     """
+    if base is None:
+        return _verify_alone(task, progress, on_tensor)
     base_ = open_checkpoint(base)
     with open_task(task) as task_:
         reader = task_.reader
-        _check_layout(task_, base_, reader.tensors)
+        check_layout(task_, base_, reader.tensors)
         extra = sorted(set(base_.tensors) - {tensor.name for tensor in reader.base})
         if extra:
             raise _mismatch(
@@ -124,11 +143,32 @@ def verify(
         if difference:
             raise difference
         with bar(len(reader.tensors), "verifying", "tensor", progress) as advance:
-            for entry, _ in _rebuilt(task_, base_, reader.tensors):
+            for entry, _ in rebuilt(task_, base_, reader.tensors):
                 on_tensor(entry)
                 advance()
-        files = sum(1 for _ in _side_files(task_, base_))
-        return VerifyReport(len(reader.tensors), len(reader.base), files, reader.base_root.hex())
+        files = sum(1 for _ in side_files_of(task_, base_))
+        return _report(reader, len(reader.base), files, with_base=True)
+
+
+def _verify_alone(
+    task: str | Path, progress: bool, on_tensor: Callable[[TensorEntry], None]
+) -> VerifyReport:
+    with open_task(task) as task_:
+        reader = task_.reader
+        entries = (*reader.tensors, *reader.files)
+        done = bounded_map(reader.verify, entries, lambda entry: _CHUNK_BYTES, 4 * _CHUNK_BYTES)
+        with bar(len(entries), "verifying", "tensor", progress) as advance:
+            for entry, _ in zip(entries, done, strict=True):
+                if entry.op is not Op.COPY:
+                    on_tensor(entry)
+                advance()
+        files = sum(1 for entry in reader.files if entry.op is Op.NEW)
+        return _report(reader, 0, files, with_base=False)
+
+
+def _report(reader: NpsReader, base_tensors: int, files: int, with_base: bool) -> VerifyReport:
+    root, content = reader.base_root.hex(), reader.content_digest.hex()
+    return VerifyReport(len(reader.tensors), base_tensors, files, root, content, with_base)
 
 
 def open_task(path: str | Path) -> Task:
@@ -141,7 +181,7 @@ def open_task(path: str | Path) -> Task:
         ) from None
 
 
-def _rebuilt(
+def rebuilt(
     task: Task, base: Checkpoint, entries: Iterable[TensorEntry]
 ) -> Iterator[tuple[TensorEntry, Words]]:
     """Rebuilt tensors in order, each with the digest that was promised."""
@@ -159,7 +199,7 @@ def _rebuilt(
         yield entry, words
 
 
-def _check_layout(task: Task, base: Checkpoint, entries: Iterable[TensorEntry]) -> None:
+def check_layout(task: Task, base: Checkpoint, entries: Iterable[TensorEntry]) -> None:
     """Names, dtypes and shapes of the base tensors; costs no read of weights."""
     used = {entry.base_index for entry in entries}
     for index, record in enumerate(task.reader.base):
@@ -204,7 +244,7 @@ def _mismatch(task: Task, base: Checkpoint, what: str, difference: str) -> BaseM
     return BaseMismatchError(base.path, what, difference, task.base_name)
 
 
-def _side_files(task: Task, base: Checkpoint) -> Iterator[tuple[str, bytes]]:
+def side_files_of(task: Task, base: Checkpoint) -> Iterator[tuple[str, bytes]]:
     """Side files of the fine-tune. Only names that this program knows are ever written."""
     for entry in task.reader.files:
         if entry.op is Op.NEW:
@@ -248,23 +288,6 @@ def _shards(entries: Iterable[TensorEntry], max_shard_bytes: int) -> dict[str, l
         f"model-{number:05}-of-{total:05}.safetensors": group
         for number, group in enumerate(groups, 1)
     }
-
-
-def _safetensors_header(entries: Iterable[TensorEntry]) -> bytes:
-    """Length and JSON header of a safetensors file; the library can only write from memory."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for entry in entries:
-        end = offset + _nbytes(entry)
-        header[entry.name] = {
-            "dtype": entry.dtype.name,
-            "shape": list(entry.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
 
 
 def _shard_index(shards: dict[str, list[TensorEntry]]) -> dict[str, object]:

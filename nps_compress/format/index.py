@@ -102,13 +102,15 @@ def parse_index(index: bytes, index_offset: int) -> Index:
         *_check_files(files, names[2]),
     )
     entries = _place(entries, len(chunks))
-    _check_chunks(entries, chunks)
+    raw_bytes = _check_chunks(entries, chunks)
     stored = layout.stored_chunk_bytes(chunks)
     alignment = layout.CHUNK_ALIGNMENT
     padded = (stored + alignment - 1) // alignment * alignment
     end = layout.HEADER_BYTES + int(padded.sum())
     if end != index_offset:
         _fail("C-LAYOUT", f"chunks end at {end}, the index starts at {index_offset}")
+    if raw_bytes > layout.max_raw_bytes(end - layout.HEADER_BYTES):
+        _fail("C-EXPANSION", f"{end - layout.HEADER_BYTES} bytes of chunks hold {raw_bytes}")
     return Index(
         base_tensors,
         entries[: len(tensors)],
@@ -250,7 +252,8 @@ def _place(entries: tuple[TensorEntry, ...], chunk_records: int) -> tuple[Tensor
     )
 
 
-def _check_chunks(entries: tuple[TensorEntry, ...], chunks: npt.NDArray[np.void]) -> None:
+def _check_chunks(entries: tuple[TensorEntry, ...], chunks: npt.NDArray[np.void]) -> int:
+    """Check every chunk record. Returns the bytes of all streams once zstd is undone."""
     counts = [entry.chunk_count for entry in entries]
 
     def spread(values: list[int]) -> npt.NDArray[np.int64]:
@@ -305,6 +308,7 @@ def _check_chunks(entries: tuple[TensorEntry, ...], chunks: npt.NDArray[np.void]
             "C-STORED",
             "has values stored in an impossible size",
         )
+    return int((raw + nnz * itemsize).sum())
 
 
 def _check(holds: npt.NDArray[np.bool_], rule: str, fault: str) -> None:

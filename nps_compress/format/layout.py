@@ -30,7 +30,9 @@ MAX_FILES, MAX_FILE_BYTES = 64, 2**26
 MAX_ZSTD_RATIO = 2**15
 RESERVED_NAME = "__metadata__"  # safetensors keeps its own metadata under this name
 # Digests do not compress, so an honest index shrinks less than this; a bomb would shrink more.
-MAX_INDEX_RATIO, INDEX_RATIO_SLACK = 16, 2**16
+MAX_INDEX_RATIO, INDEX_RATIO_SLACK = 8, 2**16
+# Bounds the work and memory of decoding by the size of the file.
+MAX_EXPANSION, EXPANSION_SLACK = 256, 2**26
 NO_BASE = 0xFFFFFFFF
 
 SUPPORTED_REQUIRED_FEATURES = 0
@@ -138,6 +140,11 @@ def stored_chunk_bytes(chunks: npt.NDArray[np.void]) -> npt.NDArray[np.int64]:
     """Bytes each chunk takes before padding: its mask stream and its value planes. [n] int64."""
     planes = chunks["plane_stored_bytes"].astype(np.int64).sum(axis=1)
     return chunks["mask_stored_bytes"].astype(np.int64) + planes
+
+
+def max_raw_bytes(chunk_data_bytes: int) -> int:
+    """Most bytes that all streams may have once zstd is undone (SPEC.md, C-EXPANSION)."""
+    return MAX_EXPANSION * chunk_data_bytes + EXPANSION_SLACK
 
 
 def aligned(size: int) -> int:

@@ -24,8 +24,10 @@ from nps_compress.codecs import MaskCodec, Positions
 from nps_compress.errors import FormatError
 from nps_compress.format import layout
 from nps_compress.format.index import parse_index
-from nps_compress.format.layout import IndexCompression
-from nps_compress.format.records import BaseTensor, TensorEntry, base_root
+from nps_compress.format.layout import IndexCompression, Op
+from nps_compress.format.records import BaseTensor, TensorEntry, base_root, content_digest
+
+_DIGEST_OF_NOTHING = np.frombuffer(layout.sha256_64(b""), np.uint8)
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,18 @@ class NpsReader:
         """SHA-256 that identifies the whole base (SPEC.md, base root)."""
         return base_root(self.base)
 
+    @property
+    def content_digest(self) -> bytes:
+        """SHA-256 that identifies the fine-tune however it is encoded (SPEC.md, content digest)."""
+        return content_digest(self.tensors, self.files)
+
+    def file_digest(self) -> bytes:
+        """SHA-256 of the whole file."""
+        digest = hashlib.sha256()
+        for offset in range(0, self.file_bytes, 1 << 20):
+            digest.update(self._pread(offset, min(1 << 20, self.file_bytes - offset)))
+        return digest.digest()
+
     def stored_bytes(self, entry: TensorEntry) -> int:
         """Bytes the tensor's chunks take in the file, padding included."""
         span = slice(entry.first_chunk, entry.first_chunk + entry.chunk_count)
@@ -150,16 +164,41 @@ class NpsReader:
             self._fail(error.rule, f"chunk {number} of {entry.name!r}: {error.detail}")
         return Chunk(numel, positions, planes)
 
+    def chunks_to_read(self, entry: TensorEntry) -> list[int]:
+        """Numbers of the chunks that hold anything; a file may have very many that don't."""
+        span = slice(entry.first_chunk, entry.first_chunk + entry.chunk_count)
+        records = self._index.chunks[span]
+        intact = (records["sha256_64"] == _DIGEST_OF_NOTHING).all(axis=1)
+        found: list[int] = np.flatnonzero(~(intact & (records["nnz"] == 0))).tolist()
+        return found
+
     def read_file(self, entry: TensorEntry) -> bytes:
         """A stored side file. Raises FormatError (C-PADDING, P-*, D-DIGEST)."""
         data = b"".join(
             self.read_chunk(entry, number).planes.tobytes() for number in range(entry.chunk_count)
         )
         if hashlib.sha256(data).digest() != entry.sha256:
-            self._fail("D-DIGEST", f"file {entry.name!r} does not have the digest it promises")
+            self._fail_digest(entry)
         return data
 
+    def verify(self, entry: TensorEntry) -> None:
+        """Check all of a tensor or file that needs no base: every chunk, and the digest if new.
+
+        Raises:
+            FormatError: C-PADDING, P-*, D-DIGEST.
+        """
+        digest = hashlib.sha256()
+        for number in self.chunks_to_read(entry):
+            chunk = self.read_chunk(entry, number)
+            if entry.op is Op.NEW:
+                digest.update(np.ascontiguousarray(chunk.planes.T).data)
+        if entry.op is Op.NEW and digest.digest() != entry.sha256:
+            self._fail_digest(entry)
+
     # -- validation ---------------------------------------------------------------------------
+
+    def _fail_digest(self, entry: TensorEntry) -> NoReturn:
+        self._fail("D-DIGEST", f"{entry.name!r} does not have the digest it promises")
 
     def _fail(self, rule: str, detail: str) -> NoReturn:
         raise FormatError(rule, detail, self.path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from nps_compress.codecs import ValueCodec
@@ -56,12 +56,31 @@ def base_root(base: Iterable[BaseTensor]) -> bytes:
     """One SHA-256 over names, dtypes, shapes and digests of all base tensors, by name."""
     digest = hashlib.sha256()
     for tensor in sorted(base, key=lambda tensor: tensor.name.encode()):
-        name = tensor.name.encode()
-        rank = len(tensor.shape)
-        digest.update(struct.pack("<H", len(name)) + name)
-        digest.update(struct.pack(f"<BB{rank}Q", tensor.dtype.code, rank, *tensor.shape))
-        digest.update(tensor.sha256)
+        digest.update(_identity(tensor))
     return digest.digest()
+
+
+def content_digest(tensors: Sequence[TensorEntry], files: Sequence[TensorEntry]) -> bytes:
+    """One SHA-256 that identifies a fine-tune however it is encoded (SPEC.md, content digest).
+
+    tensors, files: in order of their UTF-8 names.
+    """
+    digest = hashlib.sha256(b"nps-content\n")
+    digest.update(struct.pack("<I", len(tensors)))
+    for tensor in tensors:
+        digest.update(_identity(tensor))
+    digest.update(struct.pack("<I", len(files)))
+    for file in files:
+        name = file.name.encode()
+        digest.update(struct.pack("<H", len(name)) + name)
+        digest.update(struct.pack("<Q", file.numel) + file.sha256)
+    return digest.digest()
+
+
+def _identity(tensor: BaseTensor | TensorEntry) -> bytes:
+    name, rank = tensor.name.encode(), len(tensor.shape)
+    typed = struct.pack(f"<BB{rank}Q", tensor.dtype.code, rank, *tensor.shape)
+    return struct.pack("<H", len(name)) + name + typed + tensor.sha256
 
 
 def has_control_characters(text: str) -> bool:

@@ -33,6 +33,7 @@ class NpsWriter:
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
         self._offset = layout.HEADER_BYTES
+        self._raw_bytes = 0  # of all streams so far
         self._tensors: list[TensorEntry] = []
         self._files: list[TensorEntry] = []
         self._chunks: list[bytes] = []
@@ -45,6 +46,10 @@ class NpsWriter:
     def add_chunks(self, chunks: Iterable[EncodedChunk]) -> None:
         """Write chunks of the tensor that the next ``add_tensor`` names."""
         for chunk in chunks:
+            self._raw_bytes += chunk.raw_bytes
+            end = self._offset + layout.aligned(len(chunk.data))
+            if self._raw_bytes > layout.max_raw_bytes(end - layout.HEADER_BYTES):
+                chunk = chunk.stored_raw()
             data = chunk.data
             record = np.zeros((), layout.CHUNK_RECORD)
             record["mask_stored_bytes"] = len(chunk.mask)

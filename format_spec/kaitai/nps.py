@@ -1,0 +1,1086 @@
+# From nps.ksy, SHA-256 155d34e43ca7852dae5f14194cc01a499783ab2d43678e4da6e8f34a33e074b9
+# This is a generated file! Please edit source .ksy file and use kaitai-struct-compiler to rebuild
+# type: ignore
+
+import kaitaistruct
+from kaitaistruct import KaitaiStruct, KaitaiStream, BytesIO
+from enum import IntEnum
+from nps_zstd import NpsZstd
+
+
+if getattr(kaitaistruct, 'API_VERSION', (0, 9)) < (0, 11):
+    raise Exception("Incompatible Kaitai Struct Python API: 0.11 or later is required, but you have %s" % (kaitaistruct.__version__))
+
+class Nps(KaitaiStruct):
+    """A `.nps` file holds a fine-tuned model as changes against a base model that it does not contain:
+    header, chunk data, index, footer. The footer says where the index is, the index what the chunk
+    data are. All integers are unsigned and little-endian.
+
+    .. seealso::
+       format_spec/SPEC.md, section 2: File
+    """
+
+    class Dtype(IntEnum):
+        bool = 1
+        u8 = 2
+        i8 = 3
+        u16 = 4
+        i16 = 5
+        u32 = 6
+        i32 = 7
+        u64 = 8
+        i64 = 9
+        f8_e4m3 = 10
+        f8_e5m2 = 11
+        f8_e8m0 = 12
+        f16 = 13
+        bf16 = 14
+        f32 = 15
+        f64 = 16
+        c64 = 17
+
+    class IndexCompression(IntEnum):
+        raw = 0
+        zstd = 1
+
+    class MaskCodec(IntEnum):
+        empty = 0
+        full = 1
+        bitmask = 2
+        gap8 = 3
+        gap16 = 4
+
+    class Op(IntEnum):
+        copy = 1
+        delta = 2
+        new = 3
+
+    class ValueCodec(IntEnum):
+        none = 0
+        replace = 1
+        xor = 2
+        ulp = 3
+    def __init__(self, _io, _parent=None, _root=None):
+        super(Nps, self).__init__(_io)
+        self._parent = _parent
+        self._root = _root or self
+        self._read()
+
+    def _read(self):
+        self.header = Nps.Header(self._io, self, self._root)
+        self._raw_chunk_data = self._io.read_bytes(self.footer.index_offset - 64)
+        _io__raw_chunk_data = KaitaiStream(BytesIO(self._raw_chunk_data))
+        self.chunk_data = Nps.ChunkData(_io__raw_chunk_data, self, self._root)
+
+
+    def _fetch_instances(self):
+        pass
+        self.header._fetch_instances()
+        self.chunk_data._fetch_instances()
+        _ = self.footer
+        if hasattr(self, '_m_footer'):
+            pass
+            self._m_footer._fetch_instances()
+
+        _ = self.index_raw
+        if hasattr(self, '_m_index_raw'):
+            pass
+            self._m_index_raw._fetch_instances()
+
+        _ = self.index_zstd
+        if hasattr(self, '_m_index_zstd'):
+            pass
+            self._m_index_zstd._fetch_instances()
+
+
+    class BaseRecord(KaitaiStruct):
+        """One tensor of the base.
+
+        .. seealso::
+           format_spec/SPEC.md, section 3.2: Base record
+        """
+        def __init__(self, _io, _parent=None, _root=None):
+            super(Nps.BaseRecord, self).__init__(_io)
+            self._parent = _parent
+            self._root = _root
+            self._read()
+
+        def _read(self):
+            self.name_bytes = self._io.read_u2le()
+            if not self.name_bytes >= 1:
+                raise kaitaistruct.ValidationLessThanError(1, self.name_bytes, self._io, u"/types/base_record/seq/0")
+            if not self.name_bytes <= 512:
+                raise kaitaistruct.ValidationGreaterThanError(512, self.name_bytes, self._io, u"/types/base_record/seq/0")
+            self.dtype = KaitaiStream.resolve_enum(Nps.Dtype, self._io.read_u1())
+            if not isinstance(self.dtype, Nps.Dtype):
+                raise kaitaistruct.ValidationNotInEnumError(self.dtype, self._io, u"/types/base_record/seq/1")
+            self.rank = self._io.read_u1()
+            if not self.rank <= 8:
+                raise kaitaistruct.ValidationGreaterThanError(8, self.rank, self._io, u"/types/base_record/seq/2")
+            self.reserved = self._io.read_bytes(4)
+            if not self.reserved == b"\x00\x00\x00\x00":
+                raise kaitaistruct.ValidationNotEqualError(b"\x00\x00\x00\x00", self.reserved, self._io, u"/types/base_record/seq/3")
+            self._raw_shape = self._io.read_bytes(64)
+            _io__raw_shape = KaitaiStream(BytesIO(self._raw_shape))
+            self.shape = Nps.Shape(self.rank, _io__raw_shape, self, self._root)
+            self.sha256 = self._io.read_bytes(32)
+
+
+        def _fetch_instances(self):
+            pass
+            self.shape._fetch_instances()
+
+
+    class Chunk(KaitaiStruct):
+        """One chunk as it is stored.
+
+        .. seealso::
+           format_spec/SPEC.md, section 2.2: Chunk data
+        """
+        def __init__(self, record, _io, _parent=None, _root=None):
+            super(Nps.Chunk, self).__init__(_io)
+            self._parent = _parent
+            self._root = _root
+            self.record = record
+            self._read()
+
+        def _read(self):
+            self.mask = self._io.read_bytes(self.record.mask_stored_bytes)
+            self.planes = []
+            for i in range(self.record.tensor.width):
+                self.planes.append(self._io.read_bytes(self.record.plane_stored_bytes[i]))
+
+            self.padding = []
+            for i in range((8 - self._io.pos() % 8) % 8):
+                self.padding.append(self._io.read_u1())
+                if not self.padding[i] == 0:
+                    raise kaitaistruct.ValidationNotEqualError(0, self.padding[i], self._io, u"/types/chunk/seq/2")
+
+
+
+        def _fetch_instances(self):
+            pass
+            for i in range(len(self.planes)):
+                pass
+
+            for i in range(len(self.padding)):
+                pass
+
+
+
+    class ChunkData(KaitaiStruct):
+        """Nothing else lies between header and index.
+
+        .. seealso::
+           format_spec/SPEC.md, section 2.2: Chunk data
+        """
+        def __init__(self, _io, _parent=None, _root=None):
+            super(Nps.ChunkData, self).__init__(_io)
+            self._parent = _parent
+            self._root = _root
+            self._read()
+
+        def _read(self):
+            self.tensors = []
+            for i in range(len(self._root.index.tensor_chunks)):
+                self.tensors.append(Nps.Chunks(self._root.index.tensor_chunks[i], self._io, self, self._root))
+
+            self.files = []
+            for i in range(len(self._root.index.file_chunks)):
+                self.files.append(Nps.Chunks(self._root.index.file_chunks[i], self._io, self, self._root))
+
+            self.check_end = self._io.read_bytes(0)
+            _ = self.check_end
+            if not self._io.is_eof():
+                raise kaitaistruct.ValidationExprError(self.check_end, self._io, u"/types/chunk_data/seq/2")
+
+
+        def _fetch_instances(self):
+            pass
+            for i in range(len(self.tensors)):
+                pass
+                self.tensors[i]._fetch_instances()
+
+            for i in range(len(self.files)):
+                pass
+                self.files[i]._fetch_instances()
+
+
+
+    class ChunkRecord(KaitaiStruct):
+        """A stream that is not compressed is stored in its raw size (a plane's is nnz); a compressed one
+        in fewer bytes, but at least 1/32768 of them.
+
+        .. seealso::
+           format_spec/SPEC.md, section 3.5: Chunk record
+        """
+        def __init__(self, tensor, number, raw_bytes, _io, _parent=None, _root=None):
+            super(Nps.ChunkRecord, self).__init__(_io)
+            self._parent = _parent
+            self._root = _root
+            self.tensor = tensor
+            self.number = number
+            self.raw_bytes = raw_bytes
+            self._read()
+
+        def _read(self):
+            self.mask_stored_bytes = self._io.read_u4le()
+            self.mask_raw_bytes = self._io.read_u4le()
+            self.nnz = self._io.read_u4le()
+            if not self.nnz <= self.elements:
+                raise kaitaistruct.ValidationGreaterThanError(self.elements, self.nnz, self._io, u"/types/chunk_record/seq/2")
+            self.mask_codec = KaitaiStream.resolve_enum(Nps.MaskCodec, self._io.read_u1())
+            _ = self.mask_codec
+            if not (_ == Nps.MaskCodec.empty if self.nnz == 0 else (_ == Nps.MaskCodec.full if self.nnz == self.elements else  ((_ == Nps.MaskCodec.bitmask) or (_ == Nps.MaskCodec.gap8) or (_ == Nps.MaskCodec.gap16)) )):
+                raise kaitaistruct.ValidationExprError(self.mask_codec, self._io, u"/types/chunk_record/seq/3")
+            self.check_full = self._io.read_bytes(0)
+            _ = self.check_full
+            if not  ((self.tensor.op != Nps.Op.new) or (self.mask_codec == Nps.MaskCodec.full)) :
+                raise kaitaistruct.ValidationExprError(self.check_full, self._io, u"/types/chunk_record/seq/4")
+            self.mask_compressed = self._io.read_u1()
+            if not self.mask_compressed <= 1:
+                raise kaitaistruct.ValidationGreaterThanError(1, self.mask_compressed, self._io, u"/types/chunk_record/seq/5")
+            self.planes_compressed = self._io.read_u1()
+            if not self.planes_compressed <= (1 << self.tensor.width) - 1:
+                raise kaitaistruct.ValidationGreaterThanError((1 << self.tensor.width) - 1, self.planes_compressed, self._io, u"/types/chunk_record/seq/6")
+            self.reserved = self._io.read_bytes(1)
+            if not self.reserved == b"\x00":
+                raise kaitaistruct.ValidationNotEqualError(b"\x00", self.reserved, self._io, u"/types/chunk_record/seq/7")
+            self.check_mask_raw_bytes = self._io.read_bytes(0)
+            _ = self.check_mask_raw_bytes
+            if not (self.mask_raw_bytes == (self.elements + 7) // 8 if self.mask_codec == Nps.MaskCodec.bitmask else ( ((self.mask_raw_bytes >= self.nnz) and (self.mask_raw_bytes <= self.nnz + (self.elements - self.nnz) // 255))  if self.mask_codec == Nps.MaskCodec.gap8 else ( ((self.mask_raw_bytes % 2 == 0) and (self.mask_raw_bytes >= 2 * self.nnz) and (self.mask_raw_bytes <= 2 * (self.nnz + (self.elements - self.nnz) // 65535)))  if self.mask_codec == Nps.MaskCodec.gap16 else self.mask_raw_bytes == 0))):
+                raise kaitaistruct.ValidationExprError(self.check_mask_raw_bytes, self._io, u"/types/chunk_record/seq/8")
+            self.check_mask_stored_bytes = self._io.read_bytes(0)
+            _ = self.check_mask_stored_bytes
+            if not (self.mask_stored_bytes == self.mask_raw_bytes if self.mask_compressed == 0 else  ((self.mask_stored_bytes < self.mask_raw_bytes) and (self.mask_stored_bytes * 32768 >= self.mask_raw_bytes)) ):
+                raise kaitaistruct.ValidationExprError(self.check_mask_stored_bytes, self._io, u"/types/chunk_record/seq/9")
+            self.plane_stored_bytes = []
+            for i in range(8):
+                self.plane_stored_bytes.append(self._io.read_u4le())
+                _ = self.plane_stored_bytes[i]
+                if not (_ == 0 if i >= self.tensor.width else (_ == self.nnz if self.planes_compressed >> i & 1 == 0 else  ((_ < self.nnz) and (_ * 32768 >= self.nnz)) )):
+                    raise kaitaistruct.ValidationExprError(self.plane_stored_bytes[i], self._io, u"/types/chunk_record/seq/10")
+
+            self.sha256_64 = self._io.read_bytes(8)
+            self.check_end_raw_bytes = self._io.read_bytes(0)
+            _ = self.check_end_raw_bytes
+            if not self.end_raw_bytes <= 256 * (self._root.footer.index_offset - 64) + 67108864:
+                raise kaitaistruct.ValidationExprError(self.check_end_raw_bytes, self._io, u"/types/chunk_record/seq/12")
+
+
+        def _fetch_instances(self):
+            pass
+            for i in range(len(self.plane_stored_bytes)):
+                pass
+
+
+        @property
+        def elements(self):
+            """Number of elements of the chunk."""
+            if hasattr(self, '_m_elements'):
+                return self._m_elements
+
+            self._m_elements = (self.elements_from_here if self.elements_from_here < self.tensor.chunk_elements else self.tensor.chunk_elements)
+            return getattr(self, '_m_elements', None)
+
+        @property
+        def elements_from_here(self):
+            if hasattr(self, '_m_elements_from_here'):
+                return self._m_elements_from_here
+
+            self._m_elements_from_here = self.tensor.shape.elements - self.number * self.tensor.chunk_elements
+            return getattr(self, '_m_elements_from_here', None)
+
+        @property
+        def end_raw_bytes(self):
+            if hasattr(self, '_m_end_raw_bytes'):
+                return self._m_end_raw_bytes
+
+            self._m_end_raw_bytes = (self.raw_bytes + self.mask_raw_bytes) + self.tensor.width * self.nnz
+            return getattr(self, '_m_end_raw_bytes', None)
+
+
+    class ChunkRecords(KaitaiStruct):
+        """The chunk records of one tensor or file.
+
+        .. seealso::
+           format_spec/SPEC.md, section 3.5: Chunk record
+        """
+        def __init__(self, tensor, raw_bytes, _io, _parent=None, _root=None):
+            super(Nps.ChunkRecords, self).__init__(_io)
+            self._parent = _parent
+            self._root = _root
+            self.tensor = tensor
+            self.raw_bytes = raw_bytes
+            self._read()
+
+        def _read(self):
+            self.chunks = []
+            for i in range(self.tensor.chunks):
+                self.chunks.append(Nps.ChunkRecord(self.tensor, i, (self.raw_bytes if i == 0 else self.chunks[i - 1].end_raw_bytes), self._io, self, self._root))
+
+
+
+        def _fetch_instances(self):
+            pass
+            for i in range(len(self.chunks)):
+                pass
+                self.chunks[i]._fetch_instances()
+
+
+        @property
+        def end_raw_bytes(self):
+            if hasattr(self, '_m_end_raw_bytes'):
+                return self._m_end_raw_bytes
+
+            self._m_end_raw_bytes = (self.raw_bytes if len(self.chunks) == 0 else self.chunks[-1].end_raw_bytes)
+            return getattr(self, '_m_end_raw_bytes', None)
+
+
+    class Chunks(KaitaiStruct):
+        """The chunks of one tensor or file.
+
+        .. seealso::
+           format_spec/SPEC.md, section 2.2: Chunk data
+        """
+        def __init__(self, records, _io, _parent=None, _root=None):
+            super(Nps.Chunks, self).__init__(_io)
+            self._parent = _parent
+            self._root = _root
+            self.records = records
+            self._read()
+
+        def _read(self):
+            self.chunks = []
+            for i in range(len(self.records.chunks)):
+                self.chunks.append(Nps.Chunk(self.records.chunks[i], self._io, self, self._root))
+
+
+
+        def _fetch_instances(self):
+            pass
+            for i in range(len(self.chunks)):
+                pass
+                self.chunks[i]._fetch_instances()
+
+
+
+    class Dim(KaitaiStruct):
+        """
+        .. seealso::
+           format_spec/SPEC.md, section 3.2: Base record
+        """
+        def __init__(self, is_used, nonzero, elements, _io, _parent=None, _root=None):
+            super(Nps.Dim, self).__init__(_io)
+            self._parent = _parent
+            self._root = _root
+            self.is_used = is_used
+            self.nonzero = nonzero
+            self.elements = elements
+            self._read()
+
+        def _read(self):
+            self.size = self._io.read_u8le()
+            _ = self.size
+            if not  ((_ == 0) or ( ((self.is_used) and (_ <= 281474976710656 // self.nonzero)) )) :
+                raise kaitaistruct.ValidationExprError(self.size, self._io, u"/types/dim/seq/0")
+
+
+        def _fetch_instances(self):
+            pass
+
+        @property
+        def end_elements(self):
+            if hasattr(self, '_m_end_elements'):
+                return self._m_end_elements
+
+            self._m_end_elements = (self.elements * self.size if self.is_used else self.elements)
+            return getattr(self, '_m_end_elements', None)
+
+        @property
+        def end_nonzero(self):
+            if hasattr(self, '_m_end_nonzero'):
+                return self._m_end_nonzero
+
+            self._m_end_nonzero = (self.nonzero if self.size == 0 else self.nonzero * self.size)
+            return getattr(self, '_m_end_nonzero', None)
+
+
+    class FileName(KaitaiStruct):
+        """A file's name, of the form `[A-Za-z0-9][A-Za-z0-9._-]{0,127}`. Never a path.
+
+        .. seealso::
+           format_spec/SPEC.md, section 3.4: File record
+        """
+        def __init__(self, _io, _parent=None, _root=None):
+            super(Nps.FileName, self).__init__(_io)
+            self._parent = _parent
+            self._root = _root
+            self._read()
+
+        def _read(self):
+            self.octets = []
+            i = 0
+            while not self._io.is_eof():
+                self.octets.append(self._io.read_u1())
+                _ = self.octets[i]
+                if not  (( ((_ >= 48) and (_ <= 57)) ) or ( ((_ >= 65) and (_ <= 90)) ) or ( ((_ >= 97) and (_ <= 122)) ) or ( ((i > 0) and ( ((_ == 45) or (_ == 46) or (_ == 95)) )) )) :
+                    raise kaitaistruct.ValidationExprError(self.octets[i], self._io, u"/types/file_name/seq/0")
+                i += 1
+
+
+
+        def _fetch_instances(self):
+            pass
+            for i in range(len(self.octets)):
+                pass
+
+            _ = self.bytes
+            if hasattr(self, '_m_bytes'):
+                pass
+
+            _ = self.text
+            if hasattr(self, '_m_text'):
+                pass
+
+
+        @property
+        def bytes(self):
+            if hasattr(self, '_m_bytes'):
+                return self._m_bytes
+
+            _pos = self._io.pos()
+            self._io.seek(0)
+            self._m_bytes = self._io.read_bytes_full()
+            self._io.seek(_pos)
+            return getattr(self, '_m_bytes', None)
+
+        @property
+        def text(self):
+            if hasattr(self, '_m_text'):
+                return self._m_text
+
+            _pos = self._io.pos()
+            self._io.seek(0)
+            self._m_text = (self._io.read_bytes_full()).decode(u"ASCII")
+            self._io.seek(_pos)
+            return getattr(self, '_m_text', None)
+
+
+    class Footer(KaitaiStruct):
+        """
+        .. seealso::
+           format_spec/SPEC.md, section 2.3: Footer
+        """
+        def __init__(self, _io, _parent=None, _root=None):
+            super(Nps.Footer, self).__init__(_io)
+            self._parent = _parent
+            self._root = _root
+            self._read()
+
+        def _read(self):
+            self.index_offset = self._io.read_u8le()
+            _ = self.index_offset
+            if not  ((_ >= 64) and (_ % 8 == 0) and (_ <= self._root._io.size() - 96)) :
+                raise kaitaistruct.ValidationExprError(self.index_offset, self._io, u"/types/footer/seq/0")
+            self.index_stored_bytes = self._io.read_u8le()
+            if not self.index_stored_bytes == (self._root._io.size() - 96) - self.index_offset:
+                raise kaitaistruct.ValidationNotEqualError((self._root._io.size() - 96) - self.index_offset, self.index_stored_bytes, self._io, u"/types/footer/seq/1")
+            self.index_raw_bytes = self._io.read_u8le()
+            if not self.index_raw_bytes >= 64:
+                raise kaitaistruct.ValidationLessThanError(64, self.index_raw_bytes, self._io, u"/types/footer/seq/2")
+            if not self.index_raw_bytes <= 1073741824:
+                raise kaitaistruct.ValidationGreaterThanError(1073741824, self.index_raw_bytes, self._io, u"/types/footer/seq/2")
+            self.file_bytes = self._io.read_u8le()
+            if not self.file_bytes == self._root._io.size():
+                raise kaitaistruct.ValidationNotEqualError(self._root._io.size(), self.file_bytes, self._io, u"/types/footer/seq/3")
+            self.index_sha256 = self._io.read_bytes(32)
+            self.major = self._io.read_u2le()
+            if not self.major == self._root.header.major:
+                raise kaitaistruct.ValidationNotEqualError(self._root.header.major, self.major, self._io, u"/types/footer/seq/5")
+            self.minor = self._io.read_u2le()
+            if not self.minor == self._root.header.minor:
+                raise kaitaistruct.ValidationNotEqualError(self._root.header.minor, self.minor, self._io, u"/types/footer/seq/6")
+            self.index_compression = KaitaiStream.resolve_enum(Nps.IndexCompression, self._io.read_u1())
+            if not isinstance(self.index_compression, Nps.IndexCompression):
+                raise kaitaistruct.ValidationNotInEnumError(self.index_compression, self._io, u"/types/footer/seq/7")
+            self.check_index_raw_bytes = self._io.read_bytes(0)
+            _ = self.check_index_raw_bytes
+            if not (self.index_raw_bytes == self.index_stored_bytes if self.index_compression == Nps.IndexCompression.raw else  ((self.index_stored_bytes < self.index_raw_bytes) and (self.index_raw_bytes <= 8 * self.index_stored_bytes + 65536)) ):
+                raise kaitaistruct.ValidationExprError(self.check_index_raw_bytes, self._io, u"/types/footer/seq/8")
+            self.reserved = self._io.read_bytes(15)
+            if not self.reserved == b"\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00":
+                raise kaitaistruct.ValidationNotEqualError(b"\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00", self.reserved, self._io, u"/types/footer/seq/9")
+            self.crc32 = self._io.read_u4le()
+            self.magic_reversed = self._io.read_bytes(8)
+            if not self.magic_reversed == b"\x0A\x1A\x0A\x0D\x53\x50\x4E\x89":
+                raise kaitaistruct.ValidationNotEqualError(b"\x0A\x1A\x0A\x0D\x53\x50\x4E\x89", self.magic_reversed, self._io, u"/types/footer/seq/11")
+
+
+        def _fetch_instances(self):
+            pass
+
+
+    class Header(KaitaiStruct):
+        """
+        .. seealso::
+           format_spec/SPEC.md, section 2.1: Header
+        """
+        def __init__(self, _io, _parent=None, _root=None):
+            super(Nps.Header, self).__init__(_io)
+            self._parent = _parent
+            self._root = _root
+            self._read()
+
+        def _read(self):
+            self.magic = self._io.read_bytes(8)
+            if not self.magic == b"\x89\x4E\x50\x53\x0D\x0A\x1A\x0A":
+                raise kaitaistruct.ValidationNotEqualError(b"\x89\x4E\x50\x53\x0D\x0A\x1A\x0A", self.magic, self._io, u"/types/header/seq/0")
+            self.major = self._io.read_u2le()
+            if not self.major == 1:
+                raise kaitaistruct.ValidationNotEqualError(1, self.major, self._io, u"/types/header/seq/1")
+            self.minor = self._io.read_u2le()
+            self.reserved0 = self._io.read_bytes(4)
+            if not self.reserved0 == b"\x00\x00\x00\x00":
+                raise kaitaistruct.ValidationNotEqualError(b"\x00\x00\x00\x00", self.reserved0, self._io, u"/types/header/seq/3")
+            self.required_features = self._io.read_u8le()
+            if not self.required_features == 0:
+                raise kaitaistruct.ValidationNotEqualError(0, self.required_features, self._io, u"/types/header/seq/4")
+            self.optional_features = self._io.read_u8le()
+            self.reserved1 = self._io.read_bytes(28)
+            if not self.reserved1 == b"\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00":
+                raise kaitaistruct.ValidationNotEqualError(b"\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00", self.reserved1, self._io, u"/types/header/seq/6")
+            self.crc32 = self._io.read_u4le()
+
+
+        def _fetch_instances(self):
+            pass
+
+
+    class Heap(KaitaiStruct):
+        """The names of all base, tensor and file records, in that order, without separators. Within each
+        table names ascend strictly by their bytes.
+
+        .. seealso::
+           format_spec/SPEC.md, section 3.6: Heap and metadata
+        """
+        def __init__(self, _io, _parent=None, _root=None):
+            super(Nps.Heap, self).__init__(_io)
+            self._parent = _parent
+            self._root = _root
+            self._read()
+
+        def _read(self):
+            self._raw_base_names = []
+            self.base_names = []
+            for i in range(len(self._parent.base_records)):
+                self._raw_base_names.append(self._io.read_bytes(self._parent.base_records[i].name_bytes))
+                _io__raw_base_names = KaitaiStream(BytesIO(self._raw_base_names[i]))
+                self.base_names.append(Nps.Name(_io__raw_base_names, self, self._root))
+                _ = self.base_names[i]
+                if not  ((i == 0) or (_.bytes > self.base_names[i - 1].bytes)) :
+                    raise kaitaistruct.ValidationExprError(self.base_names[i], self._io, u"/types/heap/seq/0")
+
+            self._raw_tensor_names = []
+            self.tensor_names = []
+            for i in range(len(self._parent.tensor_records)):
+                self._raw_tensor_names.append(self._io.read_bytes(self._parent.tensor_records[i].name_bytes))
+                _io__raw_tensor_names = KaitaiStream(BytesIO(self._raw_tensor_names[i]))
+                self.tensor_names.append(Nps.Name(_io__raw_tensor_names, self, self._root))
+                _ = self.tensor_names[i]
+                if not  ((i == 0) or (_.bytes > self.tensor_names[i - 1].bytes)) :
+                    raise kaitaistruct.ValidationExprError(self.tensor_names[i], self._io, u"/types/heap/seq/1")
+
+            self._raw_file_names = []
+            self.file_names = []
+            for i in range(len(self._parent.file_records)):
+                self._raw_file_names.append(self._io.read_bytes(self._parent.file_records[i].name_bytes))
+                _io__raw_file_names = KaitaiStream(BytesIO(self._raw_file_names[i]))
+                self.file_names.append(Nps.FileName(_io__raw_file_names, self, self._root))
+                _ = self.file_names[i]
+                if not  ((i == 0) or (_.bytes > self.file_names[i - 1].bytes)) :
+                    raise kaitaistruct.ValidationExprError(self.file_names[i], self._io, u"/types/heap/seq/2")
+
+            self.check_end = self._io.read_bytes(0)
+            _ = self.check_end
+            if not self._io.is_eof():
+                raise kaitaistruct.ValidationExprError(self.check_end, self._io, u"/types/heap/seq/3")
+
+
+        def _fetch_instances(self):
+            pass
+            for i in range(len(self.base_names)):
+                pass
+                self.base_names[i]._fetch_instances()
+
+            for i in range(len(self.tensor_names)):
+                pass
+                self.tensor_names[i]._fetch_instances()
+
+            for i in range(len(self.file_names)):
+                pass
+                self.file_names[i]._fetch_instances()
+
+
+
+    class Index(KaitaiStruct):
+        """Head, then five tables and two texts, end to end, nothing else.
+
+        .. seealso::
+           format_spec/SPEC.md, section 3: Index
+        """
+        def __init__(self, _io, _parent=None, _root=None):
+            super(Nps.Index, self).__init__(_io)
+            self._parent = _parent
+            self._root = _root
+            self._read()
+
+        def _read(self):
+            self.head = Nps.IndexHead(self._io, self, self._root)
+            self.base_records = []
+            for i in range(self.head.base_records):
+                self.base_records.append(Nps.BaseRecord(self._io, self, self._root))
+
+            self.tensor_records = []
+            for i in range(self.head.tensor_records):
+                self.tensor_records.append(Nps.TensorRecord(False, (0 if i == 0 else self.tensor_records[i - 1].end_chunk), self._io, self, self._root))
+
+            self.file_records = []
+            for i in range(self.head.file_records):
+                self.file_records.append(Nps.TensorRecord(True, (self.end_tensor_chunk if i == 0 else self.file_records[i - 1].end_chunk), self._io, self, self._root))
+
+            self.check_chunk_records = self._io.read_bytes(0)
+            _ = self.check_chunk_records
+            if not self.head.chunk_records == self.end_chunk:
+                raise kaitaistruct.ValidationExprError(self.check_chunk_records, self._io, u"/types/index/seq/4")
+            self.tensor_chunks = []
+            for i in range(self.head.tensor_records):
+                self.tensor_chunks.append(Nps.ChunkRecords(self.tensor_records[i], (0 if i == 0 else self.tensor_chunks[i - 1].end_raw_bytes), self._io, self, self._root))
+
+            self.file_chunks = []
+            for i in range(self.head.file_records):
+                self.file_chunks.append(Nps.ChunkRecords(self.file_records[i], (self.end_tensor_raw_bytes if i == 0 else self.file_chunks[i - 1].end_raw_bytes), self._io, self, self._root))
+
+            self._raw_heap = self._io.read_bytes(self.head.heap_bytes)
+            _io__raw_heap = KaitaiStream(BytesIO(self._raw_heap))
+            self.heap = Nps.Heap(_io__raw_heap, self, self._root)
+            self.metadata = (self._io.read_bytes(self.head.metadata_bytes)).decode(u"UTF-8")
+            _ = self.metadata
+            if not  ((len(_) >= 2) and (_[0:1] == u"{")) :
+                raise kaitaistruct.ValidationExprError(self.metadata, self._io, u"/types/index/seq/8")
+
+
+        def _fetch_instances(self):
+            pass
+            self.head._fetch_instances()
+            for i in range(len(self.base_records)):
+                pass
+                self.base_records[i]._fetch_instances()
+
+            for i in range(len(self.tensor_records)):
+                pass
+                self.tensor_records[i]._fetch_instances()
+
+            for i in range(len(self.file_records)):
+                pass
+                self.file_records[i]._fetch_instances()
+
+            for i in range(len(self.tensor_chunks)):
+                pass
+                self.tensor_chunks[i]._fetch_instances()
+
+            for i in range(len(self.file_chunks)):
+                pass
+                self.file_chunks[i]._fetch_instances()
+
+            self.heap._fetch_instances()
+
+        @property
+        def end_chunk(self):
+            """Number of chunks that the shapes of all tensors and files ask for."""
+            if hasattr(self, '_m_end_chunk'):
+                return self._m_end_chunk
+
+            self._m_end_chunk = (self.end_tensor_chunk if len(self.file_records) == 0 else self.file_records[-1].end_chunk)
+            return getattr(self, '_m_end_chunk', None)
+
+        @property
+        def end_tensor_chunk(self):
+            """Number of chunks of all tensors."""
+            if hasattr(self, '_m_end_tensor_chunk'):
+                return self._m_end_tensor_chunk
+
+            self._m_end_tensor_chunk = (0 if len(self.tensor_records) == 0 else self.tensor_records[-1].end_chunk)
+            return getattr(self, '_m_end_tensor_chunk', None)
+
+        @property
+        def end_tensor_raw_bytes(self):
+            """Sum of the raw sizes of all masks and planes of all tensors."""
+            if hasattr(self, '_m_end_tensor_raw_bytes'):
+                return self._m_end_tensor_raw_bytes
+
+            self._m_end_tensor_raw_bytes = (0 if len(self.tensor_chunks) == 0 else self.tensor_chunks[-1].end_raw_bytes)
+            return getattr(self, '_m_end_tensor_raw_bytes', None)
+
+
+    class IndexHead(KaitaiStruct):
+        """
+        .. seealso::
+           format_spec/SPEC.md, section 3.1: Head
+        """
+        def __init__(self, _io, _parent=None, _root=None):
+            super(Nps.IndexHead, self).__init__(_io)
+            self._parent = _parent
+            self._root = _root
+            self._read()
+
+        def _read(self):
+            self.base_records = self._io.read_u4le()
+            if not self.base_records <= 1048576:
+                raise kaitaistruct.ValidationGreaterThanError(1048576, self.base_records, self._io, u"/types/index_head/seq/0")
+            self.tensor_records = self._io.read_u4le()
+            if not self.tensor_records <= 1048576:
+                raise kaitaistruct.ValidationGreaterThanError(1048576, self.tensor_records, self._io, u"/types/index_head/seq/1")
+            self.file_records = self._io.read_u4le()
+            if not self.file_records <= 64:
+                raise kaitaistruct.ValidationGreaterThanError(64, self.file_records, self._io, u"/types/index_head/seq/2")
+            self.reserved0 = self._io.read_bytes(4)
+            if not self.reserved0 == b"\x00\x00\x00\x00":
+                raise kaitaistruct.ValidationNotEqualError(b"\x00\x00\x00\x00", self.reserved0, self._io, u"/types/index_head/seq/3")
+            self.chunk_records = self._io.read_u8le()
+            if not self.chunk_records <= self._root.footer.index_raw_bytes // 56:
+                raise kaitaistruct.ValidationGreaterThanError(self._root.footer.index_raw_bytes // 56, self.chunk_records, self._io, u"/types/index_head/seq/4")
+            self.heap_bytes = self._io.read_u8le()
+            if not self.heap_bytes <= self._root.footer.index_raw_bytes:
+                raise kaitaistruct.ValidationGreaterThanError(self._root.footer.index_raw_bytes, self.heap_bytes, self._io, u"/types/index_head/seq/5")
+            self.metadata_bytes = self._io.read_u8le()
+            if not self.metadata_bytes <= 1048576:
+                raise kaitaistruct.ValidationGreaterThanError(1048576, self.metadata_bytes, self._io, u"/types/index_head/seq/6")
+            self.check_sizes = self._io.read_bytes(0)
+            _ = self.check_sizes
+            if not (((((64 + 104 * self.base_records) + 128 * self.tensor_records) + 128 * self.file_records) + 56 * self.chunk_records) + self.heap_bytes) + self.metadata_bytes == self._root.footer.index_raw_bytes:
+                raise kaitaistruct.ValidationExprError(self.check_sizes, self._io, u"/types/index_head/seq/7")
+            self.reserved1 = self._io.read_bytes(24)
+            if not self.reserved1 == b"\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00":
+                raise kaitaistruct.ValidationNotEqualError(b"\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00", self.reserved1, self._io, u"/types/index_head/seq/8")
+
+
+        def _fetch_instances(self):
+            pass
+
+
+    class Name(KaitaiStruct):
+        """A tensor's name: 1 to 512 bytes of UTF-8 without control characters. `octets` are read for the
+        sake of their check, `bytes` to compare names by their bytes in languages that do not compare
+        strings by code points.
+
+        .. seealso::
+           format_spec/SPEC.md, section 3.6: Heap and metadata
+        """
+        def __init__(self, _io, _parent=None, _root=None):
+            super(Nps.Name, self).__init__(_io)
+            self._parent = _parent
+            self._root = _root
+            self._read()
+
+        def _read(self):
+            self.octets = []
+            i = 0
+            while not self._io.is_eof():
+                self.octets.append(self._io.read_u1())
+                _ = self.octets[i]
+                if not  ((_ >= 32) and (_ != 127) and ( ((i == 0) or (self.octets[i - 1] != 194) or (_ >= 160)) )) :
+                    raise kaitaistruct.ValidationExprError(self.octets[i], self._io, u"/types/name/seq/0")
+                i += 1
+
+            self.check_text = self._io.read_bytes(0)
+            _ = self.check_text
+            if not self.text != u"__metadata__":
+                raise kaitaistruct.ValidationExprError(self.check_text, self._io, u"/types/name/seq/1")
+
+
+        def _fetch_instances(self):
+            pass
+            for i in range(len(self.octets)):
+                pass
+
+            _ = self.bytes
+            if hasattr(self, '_m_bytes'):
+                pass
+
+            _ = self.text
+            if hasattr(self, '_m_text'):
+                pass
+
+
+        @property
+        def bytes(self):
+            if hasattr(self, '_m_bytes'):
+                return self._m_bytes
+
+            _pos = self._io.pos()
+            self._io.seek(0)
+            self._m_bytes = self._io.read_bytes_full()
+            self._io.seek(_pos)
+            return getattr(self, '_m_bytes', None)
+
+        @property
+        def text(self):
+            if hasattr(self, '_m_text'):
+                return self._m_text
+
+            _pos = self._io.pos()
+            self._io.seek(0)
+            self._m_text = (self._io.read_bytes_full()).decode(u"UTF-8")
+            self._io.seek(_pos)
+            return getattr(self, '_m_text', None)
+
+
+    class Shape(KaitaiStruct):
+        """8 dimensions; those from rank on are 0.
+
+        .. seealso::
+           format_spec/SPEC.md, section 3.2: Base record
+        """
+        def __init__(self, rank, _io, _parent=None, _root=None):
+            super(Nps.Shape, self).__init__(_io)
+            self._parent = _parent
+            self._root = _root
+            self.rank = rank
+            self._read()
+
+        def _read(self):
+            self.dims = []
+            for i in range(8):
+                self.dims.append(Nps.Dim(i < self.rank, (1 if i == 0 else self.dims[i - 1].end_nonzero), (1 if i == 0 else self.dims[i - 1].end_elements), self._io, self, self._root))
+
+
+
+        def _fetch_instances(self):
+            pass
+            for i in range(len(self.dims)):
+                pass
+                self.dims[i]._fetch_instances()
+
+            _ = self.bytes
+            if hasattr(self, '_m_bytes'):
+                pass
+
+
+        @property
+        def bytes(self):
+            if hasattr(self, '_m_bytes'):
+                return self._m_bytes
+
+            _pos = self._io.pos()
+            self._io.seek(0)
+            self._m_bytes = self._io.read_bytes(64)
+            self._io.seek(_pos)
+            return getattr(self, '_m_bytes', None)
+
+        @property
+        def elements(self):
+            """Number of elements, 1 for rank 0."""
+            if hasattr(self, '_m_elements'):
+                return self._m_elements
+
+            self._m_elements = self.dims[-1].end_elements
+            return getattr(self, '_m_elements', None)
+
+
+    class TensorRecord(KaitaiStruct):
+        """One tensor of the fine-tune, or one small file beside the weights.
+
+        .. seealso::
+           format_spec/SPEC.md, sections 3.3: Tensor record, and 3.4: File record
+        """
+        def __init__(self, is_file, first_chunk, _io, _parent=None, _root=None):
+            super(Nps.TensorRecord, self).__init__(_io)
+            self._parent = _parent
+            self._root = _root
+            self.is_file = is_file
+            self.first_chunk = first_chunk
+            self._read()
+
+        def _read(self):
+            self.name_bytes = self._io.read_u2le()
+            if not self.name_bytes >= 1:
+                raise kaitaistruct.ValidationLessThanError(1, self.name_bytes, self._io, u"/types/tensor_record/seq/0")
+            if not self.name_bytes <= (128 if self.is_file else 512):
+                raise kaitaistruct.ValidationGreaterThanError((128 if self.is_file else 512), self.name_bytes, self._io, u"/types/tensor_record/seq/0")
+            self.dtype = KaitaiStream.resolve_enum(Nps.Dtype, self._io.read_u1())
+            _ = self.dtype
+            if not (_ == Nps.Dtype.u8 if self.is_file else  ((int(_) >= int(Nps.Dtype.bool)) and (int(_) <= int(Nps.Dtype.c64))) ):
+                raise kaitaistruct.ValidationExprError(self.dtype, self._io, u"/types/tensor_record/seq/1")
+            self.rank = self._io.read_u1()
+            if not self.rank >= (1 if self.is_file else 0):
+                raise kaitaistruct.ValidationLessThanError((1 if self.is_file else 0), self.rank, self._io, u"/types/tensor_record/seq/2")
+            if not self.rank <= (1 if self.is_file else 8):
+                raise kaitaistruct.ValidationGreaterThanError((1 if self.is_file else 8), self.rank, self._io, u"/types/tensor_record/seq/2")
+            self.op = KaitaiStream.resolve_enum(Nps.Op, self._io.read_u1())
+            _ = self.op
+            if not  ((_ == Nps.Op.copy) or (_ == Nps.Op.new) or ( ((_ == Nps.Op.delta) and ((not (self.is_file)))) )) :
+                raise kaitaistruct.ValidationExprError(self.op, self._io, u"/types/tensor_record/seq/3")
+            self.value_codec = KaitaiStream.resolve_enum(Nps.ValueCodec, self._io.read_u1())
+            _ = self.value_codec
+            if not (_ == Nps.ValueCodec.none if self.op == Nps.Op.copy else (_ == Nps.ValueCodec.replace if self.op == Nps.Op.new else  ((_ == Nps.ValueCodec.replace) or (_ == Nps.ValueCodec.xor) or ( ((_ == Nps.ValueCodec.ulp) and ( ((self.dtype == Nps.Dtype.f16) or (self.dtype == Nps.Dtype.bf16) or (self.dtype == Nps.Dtype.f32) or (self.dtype == Nps.Dtype.f64)) )) )) )):
+                raise kaitaistruct.ValidationExprError(self.value_codec, self._io, u"/types/tensor_record/seq/4")
+            self.chunk_log2 = self._io.read_u1()
+            _ = self.chunk_log2
+            if not (_ == 0 if self.op == Nps.Op.copy else  ((_ >= 10) and (_ <= 24)) ):
+                raise kaitaistruct.ValidationExprError(self.chunk_log2, self._io, u"/types/tensor_record/seq/5")
+            self.reserved0 = self._io.read_bytes(1)
+            if not self.reserved0 == b"\x00":
+                raise kaitaistruct.ValidationNotEqualError(b"\x00", self.reserved0, self._io, u"/types/tensor_record/seq/6")
+            self.base_index = self._io.read_u4le()
+            _ = self.base_index
+            if not (_ == 4294967295 if  ((self.is_file) or (self.op == Nps.Op.new))  else _ < self._parent.head.base_records):
+                raise kaitaistruct.ValidationExprError(self.base_index, self._io, u"/types/tensor_record/seq/7")
+            self.reserved1 = self._io.read_bytes(4)
+            if not self.reserved1 == b"\x00\x00\x00\x00":
+                raise kaitaistruct.ValidationNotEqualError(b"\x00\x00\x00\x00", self.reserved1, self._io, u"/types/tensor_record/seq/8")
+            self._raw_shape = self._io.read_bytes(64)
+            _io__raw_shape = KaitaiStream(BytesIO(self._raw_shape))
+            self.shape = Nps.Shape(self.rank, _io__raw_shape, self, self._root)
+            _ = self.shape
+            if not  (((not (self.is_file))) or (_.elements <= 67108864)) :
+                raise kaitaistruct.ValidationExprError(self.shape, self._io, u"/types/tensor_record/seq/9")
+            if  (((not (self.is_file))) and (self.op != Nps.Op.new)) :
+                pass
+                self.check_shape = self._io.read_bytes(0)
+                _ = self.check_shape
+                if not  ((self.dtype == self.base.dtype) and (self.rank == self.base.rank) and (self.shape.bytes == self.base.shape.bytes)) :
+                    raise kaitaistruct.ValidationExprError(self.check_shape, self._io, u"/types/tensor_record/seq/10")
+
+            self.sha256 = self._io.read_bytes(32)
+            _ = self.sha256
+            if not  ((self.is_file) or (self.op != Nps.Op.copy) or (_ == b"\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00")) :
+                raise kaitaistruct.ValidationExprError(self.sha256, self._io, u"/types/tensor_record/seq/11")
+            self.reserved2 = self._io.read_bytes(16)
+            if not self.reserved2 == b"\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00":
+                raise kaitaistruct.ValidationNotEqualError(b"\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00", self.reserved2, self._io, u"/types/tensor_record/seq/12")
+
+
+        def _fetch_instances(self):
+            pass
+            self.shape._fetch_instances()
+            if  (((not (self.is_file))) and (self.op != Nps.Op.new)) :
+                pass
+
+
+        @property
+        def base(self):
+            """The base tensor of a copy or delta."""
+            if hasattr(self, '_m_base'):
+                return self._m_base
+
+            if  (((not (self.is_file))) and (self.op != Nps.Op.new)) :
+                pass
+                self._m_base = self._parent.base_records[self.base_index]
+
+            return getattr(self, '_m_base', None)
+
+        @property
+        def chunk_elements(self):
+            """Elements of every chunk but the last one."""
+            if hasattr(self, '_m_chunk_elements'):
+                return self._m_chunk_elements
+
+            self._m_chunk_elements = 1 << self.chunk_log2
+            return getattr(self, '_m_chunk_elements', None)
+
+        @property
+        def chunks(self):
+            """Number of chunks."""
+            if hasattr(self, '_m_chunks'):
+                return self._m_chunks
+
+            self._m_chunks = (0 if self.op == Nps.Op.copy else ((self.shape.elements + self.chunk_elements) - 1) // self.chunk_elements)
+            return getattr(self, '_m_chunks', None)
+
+        @property
+        def end_chunk(self):
+            if hasattr(self, '_m_end_chunk'):
+                return self._m_end_chunk
+
+            self._m_end_chunk = self.first_chunk + self.chunks
+            return getattr(self, '_m_end_chunk', None)
+
+        @property
+        def width(self):
+            """Bytes of an element, and planes of a chunk.
+
+            .. seealso::
+               format_spec/SPEC.md, section 4: Dtypes
+            """
+            if hasattr(self, '_m_width'):
+                return self._m_width
+
+            self._m_width = KaitaiStream.byte_array_index(b"\x00\x01\x01\x01\x02\x02\x04\x04\x08\x08\x01\x01\x01\x02\x02\x04\x08\x08", int(self.dtype))
+            return getattr(self, '_m_width', None)
+
+
+    @property
+    def footer(self):
+        if hasattr(self, '_m_footer'):
+            return self._m_footer
+
+        _pos = self._io.pos()
+        self._io.seek(self._io.size() - 96)
+        self._m_footer = Nps.Footer(self._io, self, self._root)
+        self._io.seek(_pos)
+        return getattr(self, '_m_footer', None)
+
+    @property
+    def index(self):
+        """
+        .. seealso::
+           format_spec/SPEC.md, section 3: Index
+        """
+        if hasattr(self, '_m_index'):
+            return self._m_index
+
+        self._m_index = (self.index_raw if self.footer.index_compression == Nps.IndexCompression.raw else self.index_zstd)
+        return getattr(self, '_m_index', None)
+
+    @property
+    def index_raw(self):
+        """The index where it is stored raw; use `index`."""
+        if hasattr(self, '_m_index_raw'):
+            return self._m_index_raw
+
+        if self.footer.index_compression == Nps.IndexCompression.raw:
+            pass
+            _pos = self._io.pos()
+            self._io.seek(self.footer.index_offset)
+            self._raw__m_index_raw = self._io.read_bytes(self.footer.index_stored_bytes)
+            _io__raw__m_index_raw = KaitaiStream(BytesIO(self._raw__m_index_raw))
+            self._m_index_raw = Nps.Index(_io__raw__m_index_raw, self, self._root)
+            self._io.seek(_pos)
+
+        return getattr(self, '_m_index_raw', None)
+
+    @property
+    def index_zstd(self):
+        """The index where it is stored as one zstd frame; use `index`. `nps_zstd(n)` is a routine that
+        has to be written by hand: it refuses what is not exactly one frame that states the content
+        size n, or has a dictionary, a checksum or a window of more than 8 MiB.
+
+        .. seealso::
+           format_spec/SPEC.md, section 7: zstd frames
+        """
+        if hasattr(self, '_m_index_zstd'):
+            return self._m_index_zstd
+
+        if self.footer.index_compression == Nps.IndexCompression.zstd:
+            pass
+            _pos = self._io.pos()
+            self._io.seek(self.footer.index_offset)
+            self._raw__raw__m_index_zstd = self._io.read_bytes(self.footer.index_stored_bytes)
+            _process = NpsZstd(self.footer.index_raw_bytes)
+            self._raw__m_index_zstd = _process.decode(self._raw__raw__m_index_zstd)
+            _io__raw__m_index_zstd = KaitaiStream(BytesIO(self._raw__m_index_zstd))
+            self._m_index_zstd = Nps.Index(_io__raw__m_index_zstd, self, self._root)
+            self._io.seek(_pos)
+
+        return getattr(self, '_m_index_zstd', None)

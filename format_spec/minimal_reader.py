@@ -1,0 +1,399 @@
+"""A minimal, strict reader of .nps 1.0 files, written from SPEC.md alone."""
+
+import hashlib
+import json
+import math
+import re
+import shutil
+import struct
+import sys
+import zlib
+from collections.abc import Iterator
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import zstandard
+
+MAGIC = bytes.fromhex("894e50530d0a1a0a")
+HEADER = struct.Struct("<8sHH4sQQ28sI")
+FOOTER = struct.Struct("<QQQQ32sHHB15sI8s")
+HEAD = struct.Struct("<III4sQQQ24s")
+BASE = struct.Struct("<HBB4s8Q32s")
+TENSOR = struct.Struct("<HBBBBBBI4s8Q32s16s")
+CHUNK = struct.Struct("<IIIBBBB8I8s")
+NAMES = "BOOL U8 I8 U16 I16 U32 I32 U64 I64 F8_E4M3 F8_E5M2 F8_E8M0 F16 BF16 F32 F64 C64".split()
+WIDTHS = dict(zip(NAMES, (1, 1, 1, 2, 2, 4, 4, 8, 8, 1, 1, 1, 2, 2, 4, 8, 8), strict=True))
+COPY, DELTA, NEW = OPS = 1, 2, 3
+REPLACE, XOR, ULP = 1, 2, 3
+EMPTY, FULL, BITMASK, GAP8, GAP16 = range(5)
+NO_BASE = 0xFFFFFFFF
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
+FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+BaseDict = dict[str, tuple[str, tuple[int, ...], bytes]]
+Kept = slice | np.ndarray  # which elements of a chunk are kept, as an index into it
+
+
+class Refused(Exception):
+    """The file breaks a rule of section 8."""
+
+    def __init__(self, rule: str, detail: str) -> None:
+        super().__init__(f"{rule}: {detail}")
+        self.rule, self.detail = rule, detail
+
+
+class WrongBase(Exception):
+    """The base is not the one that the file was made against."""
+
+
+class Record(NamedTuple):
+    """A base, tensor or file record. What follows sha256 means nothing for a base tensor."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    sha256: bytes
+    op: int = 0
+    value_codec: int = 0
+    chunk_log2: int = 0
+    base_index: int = NO_BASE
+    chunks: range = range(0)  # the numbers of its chunk records
+
+
+def check(good: bool, rule: str, detail: str) -> None:
+    if not good:
+        raise Refused(rule, detail)
+
+
+def inflate(frame: memoryview, size: int, rule: str, what: str) -> bytes:
+    """Section 7. Everything that the frame states is checked before it is decompressed."""
+    try:
+        stated = zstandard.get_frame_parameters(frame)
+        good = frame[:4] == b"\x28\xb5\x2f\xfd" and stated.content_size == size  # not skippable
+        good &= stated.window_size <= 1 << 23 and not (stated.dict_id or stated.has_checksum)
+        check(good, rule, f"{what}: not the frame of section 7")
+        raw = zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise Refused(rule, f"{what}: {error}") from None
+    check(len(raw) == size, rule, f"{what}: another size than stated")
+    return raw
+
+
+def parse_metadata(raw: bytes) -> dict[str, str]:
+    """M rules."""
+    check(len(raw) <= 1 << 20, "M-SIZE", f"{len(raw)} bytes")
+    try:
+        # Nested objects become lists as well, so that only strings are str.
+        pairs = json.loads(raw.decode(), object_pairs_hook=list)
+        good = raw[:1] == b"{" and all(isinstance(value, str) for _, value in pairs)
+        check(good, "M-JSON", "not a flat object of strings")
+        "".join(map("".join, pairs)).encode()  # raises on an unpaired surrogate
+    except (ValueError, RecursionError) as error:
+        raise Refused("M-JSON", str(error)) from None
+    check(len(dict(pairs)) == len(pairs), "M-KEYS", "a key is repeated")
+    return dict(pairs)
+
+
+def parse_starts(heap: bytes, tables: list[list[tuple]]) -> list[list[Record]]:
+    """N and S rules: what the rows of the base, tensor and file tables have in common."""
+    total = sum(row[0] for rows in tables for row in rows)
+    check(total == len(heap), "N-HEAP", f"names of {total} bytes, a heap of {len(heap)}")
+    names, at = ([], [], []), 0
+    for rows, found in zip(tables, names, strict=True):
+        last = b""
+        for row in rows:
+            raw = heap[at : at + row[0]]
+            check(1 <= len(raw) <= 512, "N-LENGTH", f"{len(raw)} bytes")
+            name = raw.decode(errors="replace")
+            check(name.encode() == raw, "N-UTF8", name)  # true only if nothing was replaced
+            check(not CONTROL.search(name), "N-CONTROL", name)
+            check(raw > last, "N-ORDER", name)
+            found.append(name)
+            at, last = at + len(raw), raw
+    check("__metadata__" not in names[0] + names[1], "N-RESERVED", "__metadata__")
+    for name in names[2]:
+        check(bool(FILE_NAME.fullmatch(name)), "N-FILE", name)
+    records: list[list[Record]] = [[], [], []]
+    for i, at in enumerate((4, 9, 9)):
+        for row, name in zip(tables[i], names[i], strict=True):
+            code, rank, dims = row[1], row[2], row[at : at + 8]
+            check(1 <= code <= len(NAMES), "S-DTYPE", name)
+            check(rank <= 8, "S-RANK", name)
+            check(not any(dims[rank:]), "S-DIM", name)
+            check(math.prod(filter(None, dims)) <= 1 << 48, "S-NUMEL", name)
+            records[i].append(Record(name, NAMES[code - 1], dims[:rank], row[at + 8]))
+    return records
+
+
+def parse_record(record: Record, row: tuple, base: list[Record] | None, first: int) -> Record:
+    """R rules; the whole record. A file has no base tensors."""
+    name, dtype, shape, sha256 = record[:4]
+    op, codec, log2, reserved0, index, reserved1, reserved2 = *row[3:9], row[18]
+    check(not reserved0 and not any(reserved1 + reserved2), "R-RESERVED", name)
+    check(op in OPS, "R-OP", name)
+    is_small = dtype == "U8" and len(shape) == 1 and shape[0] <= 1 << 26
+    check(base is not None or (op != DELTA and is_small), "R-FILE", name)
+    has_base = base is not None and op != NEW
+    check(index < len(base) if has_base else index == NO_BASE, "R-BASE", name)
+    check(not has_base or (dtype, shape) == base[index][1:3], "R-SHAPE", name)
+    check(not has_base or op != COPY or not any(sha256), "R-COPY", name)
+    is_float = dtype in ("F16", "BF16", "F32", "F64")
+    allowed = {COPY: (0,), NEW: (REPLACE,), DELTA: (REPLACE, XOR) + (ULP,) * is_float}
+    check(codec in allowed[op], "R-VALUES", name)
+    check(log2 == 0 if op == COPY else 10 <= log2 <= 24, "R-CHUNKLOG", name)
+    count = 0 if op == COPY else -(-math.prod(shape) >> log2)
+    return Record(*record[:4], op, codec, log2, index, range(first, first + count))
+
+
+def chunk_starts(table: memoryview, records: list[Record], index_offset: int) -> np.ndarray:
+    """C rules of the index; where each chunk starts."""
+    counts = np.array([len(record.chunks) for record in records], np.int64)
+    check(len(table) // CHUNK.size == counts.sum(), "C-COUNT", f"{counts.sum()} are needed")
+    each = [(WIDTHS[r.dtype], r.op, r.chunk_log2, math.prod(r.shape)) for r in records]
+    width, op, log2, numel = np.repeat(np.array(each, np.int64).reshape(-1, 4), counts, axis=0).T
+    place = np.arange(len(width)) - np.repeat(np.cumsum(counts) - counts, counts)
+    n = np.minimum(1 << log2, numel - (place << log2))
+    words = np.frombuffer(table, "<u4").reshape(-1, 14).astype(np.int64)
+    mask_stored, raw, nnz, flags, *planes, _, _ = words.T
+    codec, mask_z, planes_z, reserved = (flags >> shift & 255 for shift in (0, 8, 16, 24))
+    kinds = [codec == BITMASK, codec == GAP8, codec == GAP16]
+    low = np.select(kinds, [(n + 7) // 8, nnz, 2 * nnz])
+    high = low + np.select(kinds[1:], [(n - nnz) // 255, (n - nnz) // 65535 * 2])
+    bad_size = np.zeros(len(words), bool)
+    streams = [(np.where(i < width, nnz, 0), planes_z >> i & 1, planes[i]) for i in range(8)]
+    for size, is_frame, stored in [(raw, mask_z, mask_stored), *streams]:
+        bad_frame = (stored >= size) | (stored * 32768 < size)
+        bad_size |= np.where(is_frame != 0, bad_frame, stored != size)
+    for rule, bad in (
+        ("C-NNZ", nnz > n),
+        ("C-CODEC", (codec > GAP16) | ((codec == EMPTY) != (nnz == 0))),
+        ("C-CODEC", (codec == FULL) != (nnz == n)),
+        ("C-NEW", (op == NEW) & (codec != FULL)),
+        ("C-FLAGS", (reserved != 0) | (mask_z > 1) | (planes_z >> width != 0)),
+        ("C-MASKSIZE", (raw < low) | (raw > high) | (kinds[2] & (raw % 2 == 1))),
+        ("C-STORED", bad_size),
+    ):
+        check(not bad.any(), rule, f"chunk record {np.flatnonzero(bad)[:1]}")
+    starts = np.cumsum(np.append(64, (mask_stored + sum(planes) + 7) // 8 * 8))
+    check(starts[-1] == index_offset, "C-LAYOUT", f"chunks end at {starts[-1]}")
+    total, limit = int((raw + nnz * width).sum()), 256 * (index_offset - 64) + (1 << 26)
+    check(total <= limit, "C-EXPANSION", f"{total} bytes decoded, {limit} allowed")
+    return starts
+
+
+def decode_mask(codec: int, mask: bytes | memoryview, n: int, nnz: int, what: str) -> Kept:
+    """Section 5."""
+    if codec in (EMPTY, FULL):
+        return slice(0, nnz)
+    stream = np.frombuffer(mask, np.uint8)
+    if codec == BITMASK:
+        bits = np.unpackbits(stream, bitorder="little")
+        check(np.count_nonzero(bits) == nnz, "P-POPCOUNT", what)
+        check(not bits[n:].any(), "P-TAIL", what)
+        return np.flatnonzero(bits)
+    if codec == GAP16:
+        stream = stream.reshape(2, -1).T.copy().view("<u2")[:, 0]
+    escape = 255 if codec == GAP8 else 65535
+    # What follows the first entry too many cannot be the stream's first fault.
+    ends = np.flatnonzero(stream != escape)[: nnz + 1]
+    kept = np.cumsum(stream, dtype=np.int64)[ends] + np.arange(len(ends))
+    check(not len(kept) or kept[-1] < n, "P-GAP", what)  # they ascend: the last one tells
+    check(len(kept) <= nnz, "P-POPCOUNT", what)
+    check(stream[-1] != escape, "P-ESCAPE", what)
+    check(len(kept) == nnz, "P-POPCOUNT", what)
+    return kept
+
+
+def apply_payload(codec: int, b: np.ndarray, p: np.ndarray) -> np.ndarray:
+    """Section 6. Unsigned arrays wrap around, as it asks."""
+    if codec != ULP:
+        return b ^ p if codec == XOR else p
+    low, z = (1 << (8 * p.itemsize - 1)) - 1, p + 1
+    v = np.where(b > low, b ^ low, b) + ((z >> 1) ^ -(z & 1))
+    return np.where(v > low, v ^ low, v)
+
+
+def describe(records: list[Record], base: list[Record], is_file: bool = False) -> bytes:
+    """What sections 3.7 and 3.8 digest of some records."""
+    parts = []
+    for name, dtype, shape, sha256, op, _, _, base_index, _ in records:
+        kind = b"" if is_file else bytes((NAMES.index(dtype) + 1, len(shape)))
+        dimensions = struct.pack(f"<{len(shape)}Q", *shape)
+        origin = base[base_index].sha256 if op == COPY and not is_file else sha256
+        parts += [struct.pack("<H", len(name.encode())), name.encode(), kind, dimensions, origin]
+    return b"".join(parts)
+
+
+class Nps:
+    """A parsed file. Everything that header, footer and index show has been checked."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = memoryview(data)
+        index, index_offset = self._open()
+        bases, tensors, files, zeros, chunks, heap, metadata, zeros1 = HEAD.unpack_from(index)
+        check(max(bases, tensors) <= 1 << 20 and files <= 64, "I-COUNT", "too many records")
+        sizes = (104 * bases, 128 * tensors, 128 * files, 56 * chunks, heap, metadata)
+        ends = list(accumulate(sizes, initial=64))
+        check(ends[-1] == len(index), "I-SIZE", f"the parts add up to {ends[-1]}")
+        parts = [index[start:end] for start, end in pairwise(ends)]
+        rows = [list(BASE.iter_unpack(parts[0])), *map(list, map(TENSOR.iter_unpack, parts[1:3]))]
+        good = not any(zeros + zeros1) and not any(any(row[3]) for row in rows[0])
+        check(good, "I-RESERVED", "reserved bytes of the head or of a base record")
+        self.base, *tables = parse_starts(bytes(parts[4]), rows)
+        self._records, first = [], 0
+        for i, base in enumerate((self.base, None)):
+            for record, row in zip(tables[i], rows[i + 1], strict=True):
+                self._records.append(parse_record(record, row, base, first))
+                first = self._records[-1].chunks.stop
+        self.tensors, self.files = self._records[:tensors], self._records[tensors:]
+        self._chunk_table = parts[3]
+        self._starts = chunk_starts(parts[3], self._records, index_offset)
+        self.metadata = parse_metadata(bytes(parts[5]))
+        self.base_root = hashlib.sha256(describe(self.base, [])).digest()
+        content = b"nps-content\n" + struct.pack("<I", tensors)
+        content += describe(self.tensors, self.base) + struct.pack("<I", files)
+        content += describe(self.files, [], is_file=True)
+        self.content_digest = hashlib.sha256(content).digest()
+
+    def _open(self) -> tuple[memoryview, int]:
+        """F, H and T rules, I-DIGEST and I-ZSTD; the index and where it starts."""
+        data, size = self._data, len(self._data)
+        check(size >= 160, "F-SIZE", f"{size} bytes")
+        magic, *version, zeros, required, _, zeros1, crc = HEADER.unpack_from(data)
+        check(magic == MAGIC, "H-MAGIC", "not an .nps file")
+        check(crc == zlib.crc32(data[:60]), "H-CRC", "the header is damaged")
+        check(version[0] == 1, "H-MAJOR", f"version {version[0]}.{version[1]}")
+        check(required == 0, "H-FEATURE", f"required features {required:#x}")
+        check(not any(zeros + zeros1), "H-RESERVED", "reserved bytes of the header")
+        footer = FOOTER.unpack_from(data, size - 96)
+        offset, stored, raw, stated, sha256, *versions, how, zeros, crc, magic = footer
+        check(magic == MAGIC[::-1], "T-MAGIC", "no footer: is the file cut short?")
+        check(crc == zlib.crc32(data[size - 96 : size - 12]), "T-CRC", "the footer is damaged")
+        check(versions == version, "T-VERSION", "header and footer state different versions")
+        check(not any(zeros), "T-RESERVED", "reserved bytes of the footer")
+        check(stated == size, "T-SIZE", f"{stated} bytes stated, {size} found")
+        good = 64 <= offset == size - 96 - stored and offset % 8 == 0
+        check(good, "T-INDEX", f"an index of {stored} bytes at {offset}")
+        good = (raw == stored) if how == 0 else how > 1 or stored < raw <= 8 * stored + 65536
+        check(good and 64 <= raw <= 1 << 30, "T-INDEXSIZE", f"{raw} bytes stored in {stored}")
+        check(how <= 1, "T-COMPRESSION", f"index_compression {how}")
+        index = data[offset : offset + stored]
+        check(hashlib.sha256(index).digest() == sha256, "I-DIGEST", "the index is damaged")
+        return memoryview(inflate(index, raw, "I-ZSTD", "index")) if how else index, offset
+
+    def _chunks(self, record: Record) -> Iterator[tuple[slice, Kept, np.ndarray]]:
+        """Each chunk's place in the tensor, the elements kept in it, and its payload."""
+        width, numel = WIDTHS[record.dtype], math.prod(record.shape)
+        for i, number in enumerate(record.chunks):
+            what = f"{record.name}, chunk {i}"
+            place = slice(i << record.chunk_log2, min((i + 1) << record.chunk_log2, numel))
+            fields = CHUNK.unpack_from(self._chunk_table, number * CHUNK.size)
+            mask_stored, mask_raw, nnz, codec, mask_z, planes_z, _, *planes, digest = fields
+            start, padded = (int(at) for at in self._starts[number : number + 2])
+            ends = list(accumulate((mask_stored, *planes[:width]), initial=start))
+            check(not any(self._data[ends[-1] : padded]), "C-PADDING", what)
+            found = hashlib.sha256(self._data[start : ends[-1]]).digest()[:8]
+            check(found == digest, "P-DIGEST", what)
+            payload = np.empty((nnz, width), np.uint8)
+            for j, (start, end) in enumerate(pairwise(ends)):
+                stream = self._data[start:end]
+                if (mask_z | planes_z << 1) >> j & 1:
+                    stream = inflate(stream, nnz if j else mask_raw, "P-ZSTD", what)
+                if j == 0:
+                    kept = decode_mask(codec, stream, place.stop - place.start, nnz, what)
+                else:
+                    payload[:, j - 1] = np.frombuffer(stream, np.uint8)
+            yield place, kept, payload.reshape(-1).view(f"<u{width}")
+
+    def _content(self, record: Record, base: bytes) -> bytes:
+        """A delta's or new tensor's bytes, compared with their digest."""
+        if record.op == NEW:
+            content = b"".join(payload for _, _, payload in self._chunks(record))
+        else:
+            words = np.frombuffer(base, f"<u{WIDTHS[record.dtype]}").copy()
+            for place, kept, payload in self._chunks(record):
+                part = words[place]
+                part[kept] = apply_payload(record.value_codec, part[kept], payload)
+            content = words.tobytes()
+        check(hashlib.sha256(content).digest() == record.sha256, "D-DIGEST", record.name)
+        return content
+
+    def verify(self, records: list[Record] | None = None) -> None:
+        """Check everything that can be checked without the base."""
+        for record in self._records if records is None else records:
+            digest = hashlib.sha256()
+            for _, _, payload in self._chunks(record):
+                digest.update(payload)
+            check(record.op != NEW or digest.digest() == record.sha256, "D-DIGEST", record.name)
+
+    def rebuild(self, base: BaseDict) -> dict[str, bytes]:
+        """The fine-tune's tensors; the stored files are checked as well."""
+        for name, dtype, shape, sha256, *_ in self.base:
+            found, found_shape, content = base.get(name, ("", (), b""))
+            good = (found, tuple(found_shape)) == (dtype, shape)
+            good = good and len(content) == math.prod(shape) * WIDTHS[dtype]
+            if not good or hashlib.sha256(content).digest() != sha256:
+                raise WrongBase(f"{name} is missing, or has another dtype, shape or digest")
+        result = {}
+        for tensor in self.tensors:
+            old = b"" if tensor.op == NEW else base[self.base[tensor.base_index].name][2]
+            result[tensor.name] = bytes(old) if tensor.op == COPY else self._content(tensor, old)
+        self.verify(self.files)
+        return result
+
+    def read_file(self, name: str) -> bytes:
+        """A stored side file; KeyError where there is none of this name."""
+        return self._content({f.name: f for f in self.files if f.op == NEW}[name], b"")
+
+
+def read_safetensors(path: str | Path) -> BaseDict:
+    data = memoryview(Path(path).read_bytes())
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(bytes(data[8:start]))
+    header.pop("__metadata__", None)
+    return {
+        name: (entry["dtype"], tuple(entry["shape"]), data[start:][slice(*entry["data_offsets"])])
+        for name, entry in header.items()
+    }
+
+
+def write_safetensors(path: str | Path, tensors: BaseDict) -> None:
+    """Widest elements first, so that all are aligned. An existing file stays."""
+    order = sorted(tensors.items(), key=lambda item: (-WIDTHS[item[1][0]], item[0]))
+    header, at = {}, 0
+    for name, (dtype, shape, content) in order:
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": (at, at + len(content))}
+        at += len(content)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with Path(path).open("xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.writelines(content for _, (_, _, content) in order)
+
+
+def main(command: str = "", path: str = "", *others: str) -> None:
+    if (command, len(others)) not in (("list", 0), ("verify", 0), ("verify", 1), ("rebuild", 2)):
+        raise ValueError("usage: list FILE | verify FILE [BASE] | rebuild FILE BASE OUT")
+    nps = Nps(Path(path).read_bytes())
+    if command == "list":
+        print(nps.base_root.hex(), nps.content_digest.hex(), ascii(nps.metadata), sep="\n")
+        for name, dtype, shape, _, op, codec, *_ in nps.tensors + nps.files:
+            print(("copy", "delta", "new")[op - 1], codec, dtype, list(shape), ascii(name))
+    elif command == "verify":
+        nps.rebuild(read_safetensors(*others)) if others else nps.verify()
+    else:
+        base, out = others
+        size = sum(math.prod(tensor.shape) * WIDTHS[tensor.dtype] for tensor in nps.tensors)
+        if Path(out).exists() or size > shutil.disk_usage(Path(out).absolute().parent).free:
+            raise OSError(f"{out} exists, or there is no space for {size} bytes")
+        result = nps.rebuild(read_safetensors(base))
+        write_safetensors(out, {t.name: (*t[1:3], result[t.name]) for t in nps.tensors})
+
+
+if __name__ == "__main__":
+    try:
+        main(*sys.argv[1:])
+    except (Refused, WrongBase, OSError, ValueError, LookupError, TypeError) as error:
+        kind = "" if isinstance(error, Refused) else f"{type(error).__name__}: "
+        sys.exit(kind + ascii(str(error))[1:-1])  # no control characters for the terminal

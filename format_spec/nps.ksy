@@ -1,0 +1,730 @@
+# What a parser generated from this file checks is marked with the rule of section 8 of
+# format_spec/SPEC.md. What it cannot check: CRC-32s and digests (H-CRC, T-CRC, I-DIGEST, P-DIGEST,
+# D-DIGEST), the JSON of the metadata (M-JSON, M-KEYS), and the chunks' streams, which stay as they
+# are stored (P-ZSTD, P-GAP, P-POPCOUNT, P-TAIL, P-ESCAPE). A generated parser stops at a broken
+# rule, not necessarily at the first one in the order of section 8.
+#
+# Fields of `size: 0` are checks: they read nothing. `seq` of `nps` reads everything, so that a
+# parser that has returned has checked everything.
+meta:
+  id: nps
+  title: A fine-tuned model as changes against a base model, version 1.0
+  file-extension: nps
+  license: Apache-2.0
+  ks-version: '0.11'
+  endian: le
+  encoding: UTF-8
+
+doc: |
+  A `.nps` file holds a fine-tuned model as changes against a base model that it does not contain:
+  header, chunk data, index, footer. The footer says where the index is, the index what the chunk
+  data are. All integers are unsigned and little-endian.
+doc-ref: 'format_spec/SPEC.md, section 2: File'
+
+seq:
+  - id: header
+    type: header
+  - id: chunk_data
+    type: chunk_data
+    size: footer.index_offset - 64
+    doc: The chunks of all tensors, then of all files, in the order of their records.
+    doc-ref: 'format_spec/SPEC.md, section 2.2: Chunk data'
+
+instances:
+  footer:
+    pos: _io.size - 96  # F-SIZE: a negative position where the file is too short
+    type: footer
+  index_raw:
+    pos: footer.index_offset
+    size: footer.index_stored_bytes
+    type: index
+    if: footer.index_compression == index_compression::raw
+    doc: The index where it is stored raw; use `index`.
+  index_zstd:
+    pos: footer.index_offset
+    size: footer.index_stored_bytes
+    process: nps_zstd(footer.index_raw_bytes)  # I-ZSTD
+    type: index
+    if: footer.index_compression == index_compression::zstd
+    doc: |
+      The index where it is stored as one zstd frame; use `index`. `nps_zstd(n)` is a routine that
+      has to be written by hand: it refuses what is not exactly one frame that states the content
+      size n, or has a dictionary, a checksum or a window of more than 8 MiB.
+    doc-ref: 'format_spec/SPEC.md, section 7: zstd frames'
+  index:
+    value: 'footer.index_compression == index_compression::raw ? index_raw : index_zstd'
+    doc-ref: 'format_spec/SPEC.md, section 3: Index'
+
+types:
+  header:
+    doc-ref: 'format_spec/SPEC.md, section 2.1: Header'
+    seq:
+      - id: magic
+        contents: [0x89, NPS, 0x0d, 0x0a, 0x1a, 0x0a]  # H-MAGIC
+      - id: major
+        type: u2
+        valid: 1  # H-MAJOR
+      - id: minor
+        type: u2
+        doc: 0 in this version; a reader accepts any.
+      - id: reserved0
+        contents: [0, 0, 0, 0]  # H-RESERVED
+      - id: required_features
+        type: u8
+        valid: 0  # H-FEATURE
+        doc: Bits that a reader must know; none is defined.
+      - id: optional_features
+        type: u8
+        doc: Bits that a reader may ignore; none is defined.
+      - id: reserved1
+        contents: [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+                   0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]  # H-RESERVED
+      - id: crc32
+        type: u4
+        doc: CRC-32 (zlib's) of bytes 0 to 59. Not checked here.
+
+  footer:
+    doc-ref: 'format_spec/SPEC.md, section 2.3: Footer'
+    seq:
+      - id: index_offset
+        type: u8
+        valid:
+          expr: _ >= 64 and _ % 8 == 0 and _ <= _root._io.size - 96  # T-INDEX
+        doc: Where the chunk data end.
+      - id: index_stored_bytes
+        type: u8
+        valid: _root._io.size - 96 - index_offset  # T-INDEX
+      - id: index_raw_bytes
+        type: u8
+        valid:  # T-INDEXSIZE
+          min: 64
+          max: 1073741824
+      - id: file_bytes
+        type: u8
+        valid: _root._io.size  # T-SIZE
+      - id: index_sha256
+        size: 32
+        doc: Digest of the stored index. Not checked here.
+      - id: major
+        type: u2
+        valid: _root.header.major  # T-VERSION
+      - id: minor
+        type: u2
+        valid: _root.header.minor  # T-VERSION
+      - id: index_compression
+        type: u1
+        enum: index_compression
+        valid:
+          in-enum: true  # T-COMPRESSION
+      - id: check_index_raw_bytes
+        size: 0
+        valid:
+          expr: |
+            index_compression == index_compression::raw
+            ? index_raw_bytes == index_stored_bytes
+            : index_stored_bytes < index_raw_bytes
+              and index_raw_bytes <= 8 * index_stored_bytes + 65536
+          # T-INDEXSIZE
+      - id: reserved
+        contents: [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]  # T-RESERVED
+      - id: crc32
+        type: u4
+        doc: CRC-32 of footer bytes 0 to 83. Not checked here.
+      - id: magic_reversed
+        contents: [0x0a, 0x1a, 0x0a, 0x0d, SPN, 0x89]  # T-MAGIC
+
+  index:
+    doc: Head, then five tables and two texts, end to end, nothing else.
+    doc-ref: 'format_spec/SPEC.md, section 3: Index'
+    seq:
+      - id: head
+        type: index_head
+      - id: base_records
+        type: base_record
+        repeat: expr
+        repeat-expr: head.base_records
+        doc: Every tensor of the base, used or not.
+      - id: tensor_records
+        type: 'tensor_record(false, _index == 0 ? 0 : tensor_records[_index - 1].end_chunk)'
+        repeat: expr
+        repeat-expr: head.tensor_records
+        doc: Every tensor of the fine-tune.
+      - id: file_records
+        type: 'tensor_record(true,
+          _index == 0 ? end_tensor_chunk : file_records[_index - 1].end_chunk)'
+        repeat: expr
+        repeat-expr: head.file_records
+        doc: The small files beside the weights.
+        doc-ref: 'format_spec/SPEC.md, section 3.4: File record'
+      - id: check_chunk_records
+        size: 0
+        valid:
+          expr: head.chunk_records == end_chunk  # C-COUNT
+      - id: tensor_chunks
+        type: 'chunk_records(tensor_records[_index],
+          _index == 0 ? 0 : tensor_chunks[_index - 1].end_raw_bytes)'
+        repeat: expr
+        repeat-expr: head.tensor_records
+        doc: The chunk records of tensor `_index`. One flat table in the file.
+      - id: file_chunks
+        type: 'chunk_records(file_records[_index],
+          _index == 0 ? end_tensor_raw_bytes : file_chunks[_index - 1].end_raw_bytes)'
+        repeat: expr
+        repeat-expr: head.file_records
+        doc: The chunk records of file `_index`, which follow those of the tensors.
+      - id: heap
+        type: heap
+        size: head.heap_bytes
+      - id: metadata
+        type: str
+        size: head.metadata_bytes
+        valid:
+          expr: _.length >= 2 and _.substring(0, 1) == "{"  # M-JSON, but only a bit of it
+        doc: |
+          One JSON object in UTF-8 whose values are strings, without white space before it, without
+          repeated keys or unpaired surrogates. Nothing in it changes how a file is decoded.
+        doc-ref: 'format_spec/SPEC.md, section 3.6: Heap and metadata'
+    instances:
+      end_tensor_chunk:
+        value: 'tensor_records.size == 0 ? 0 : tensor_records.last.end_chunk'
+        doc: Number of chunks of all tensors.
+      end_chunk:
+        value: 'file_records.size == 0 ? end_tensor_chunk : file_records.last.end_chunk'
+        doc: Number of chunks that the shapes of all tensors and files ask for.
+      end_tensor_raw_bytes:
+        value: 'tensor_chunks.size == 0 ? 0 : tensor_chunks.last.end_raw_bytes'
+        doc: Sum of the raw sizes of all masks and planes of all tensors.
+
+  index_head:
+    doc-ref: 'format_spec/SPEC.md, section 3.1: Head'
+    seq:
+      - id: base_records
+        type: u4
+        valid:
+          max: 1048576  # I-COUNT
+      - id: tensor_records
+        type: u4
+        valid:
+          max: 1048576  # I-COUNT
+      - id: file_records
+        type: u4
+        valid:
+          max: 64  # I-COUNT
+      - id: reserved0
+        contents: [0, 0, 0, 0]  # I-RESERVED
+      - id: chunk_records
+        type: u8
+        valid:
+          max: _root.footer.index_raw_bytes / 56  # I-SIZE; so the sum below does not overflow
+      - id: heap_bytes
+        type: u8
+        valid:
+          max: _root.footer.index_raw_bytes  # I-SIZE
+      - id: metadata_bytes
+        type: u8
+        valid:
+          max: 1048576  # M-SIZE
+      - id: check_sizes
+        size: 0
+        valid:
+          expr: |
+            64 + 104 * base_records + 128 * tensor_records + 128 * file_records
+            + 56 * chunk_records + heap_bytes + metadata_bytes == _root.footer.index_raw_bytes
+          # I-SIZE
+      - id: reserved1
+        contents: [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+                   0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]  # I-RESERVED
+
+  base_record:
+    doc: One tensor of the base.
+    doc-ref: 'format_spec/SPEC.md, section 3.2: Base record'
+    seq:
+      - id: name_bytes
+        type: u2
+        valid:  # N-LENGTH
+          min: 1
+          max: 512
+        doc: Size of the name, which lies in the heap.
+      - id: dtype
+        type: u1
+        enum: dtype
+        valid:
+          in-enum: true  # S-DTYPE
+      - id: rank
+        type: u1
+        valid:
+          max: 8  # S-RANK
+      - id: reserved
+        contents: [0, 0, 0, 0]  # I-RESERVED
+      - id: shape
+        type: shape(rank)
+        size: 64
+      - id: sha256
+        size: 32
+        doc: Digest of the tensor, as its elements' little-endian bytes in row-major order.
+
+  tensor_record:
+    doc: One tensor of the fine-tune, or one small file beside the weights.
+    doc-ref: 'format_spec/SPEC.md, sections 3.3: Tensor record, and 3.4: File record'
+    params:
+      - id: is_file
+        type: bool
+      - id: first_chunk
+        type: u8
+        doc: Number of chunks of all tensors and files before this one.
+    seq:
+      - id: name_bytes
+        type: u2
+        valid:  # N-LENGTH; N-FILE
+          min: 1
+          max: 'is_file ? 128 : 512'
+        doc: Size of the name, which lies in the heap.
+      - id: dtype
+        type: u1
+        enum: dtype
+        valid:
+          expr: |
+            is_file ? _ == dtype::u8 : _.to_i >= dtype::bool.to_i and _.to_i <= dtype::c64.to_i
+          # S-DTYPE; R-FILE
+      - id: rank
+        type: u1
+        valid:  # S-RANK; R-FILE
+          min: 'is_file ? 1 : 0'
+          max: 'is_file ? 1 : 8'
+      - id: op
+        type: u1
+        enum: op
+        valid:
+          expr: _ == op::copy or _ == op::new or (_ == op::delta and not is_file)  # R-OP; R-FILE
+      - id: value_codec
+        type: u1
+        enum: value_codec
+        valid:
+          expr: |
+            op == op::copy ? _ == value_codec::none
+            : op == op::new ? _ == value_codec::replace
+            : _ == value_codec::replace or _ == value_codec::xor
+              or (_ == value_codec::ulp and (dtype == dtype::f16 or dtype == dtype::bf16
+                                             or dtype == dtype::f32 or dtype == dtype::f64))
+          # R-VALUES
+      - id: chunk_log2
+        type: u1
+        valid:
+          expr: 'op == op::copy ? _ == 0 : _ >= 10 and _ <= 24'  # R-CHUNKLOG
+        doc: c of the chunk size of 2^c elements; 0 for a copy.
+      - id: reserved0
+        contents: [0]  # R-RESERVED
+      - id: base_index
+        type: u4
+        valid:
+          expr: |
+            is_file or op == op::new ? _ == 0xffffffff : _ < _parent.head.base_records
+          # R-BASE
+        doc: Number of the base record; FFFFFFFF for a new tensor and for a file.
+      - id: reserved1
+        contents: [0, 0, 0, 0]  # R-RESERVED
+      - id: shape
+        type: shape(rank)
+        size: 64
+        valid:
+          expr: not is_file or _.elements <= 67108864  # R-FILE
+      - id: check_shape
+        size: 0
+        if: not is_file and op != op::new
+        valid:
+          expr: dtype == base.dtype and rank == base.rank and shape.bytes == base.shape.bytes
+          # R-SHAPE
+      - id: sha256
+        size: 32
+        valid:
+          expr: |
+            is_file or op != op::copy or _ == [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+                                               0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]
+          # R-COPY
+        doc: |
+          Digest of the rebuilt tensor, zero for a copied one; of the file, copied or new.
+      - id: reserved2
+        contents: [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]  # R-RESERVED
+        doc: The place of a quantised codec's parameters.
+    instances:
+      base:
+        value: _parent.base_records[base_index]
+        if: not is_file and op != op::new
+        doc: The base tensor of a copy or delta.
+      width:
+        value: '[0, 1, 1, 1, 2, 2, 4, 4, 8, 8, 1, 1, 1, 2, 2, 4, 8, 8][dtype.to_i]'
+        doc: Bytes of an element, and planes of a chunk.
+        doc-ref: 'format_spec/SPEC.md, section 4: Dtypes'
+      chunk_elements:
+        value: 1 << chunk_log2
+        doc: Elements of every chunk but the last one.
+      chunks:
+        value: |
+          op == op::copy ? 0 : (shape.elements + chunk_elements - 1) / chunk_elements
+        doc: Number of chunks.
+      end_chunk:
+        value: first_chunk + chunks
+
+  shape:
+    doc: 8 dimensions; those from rank on are 0.
+    doc-ref: 'format_spec/SPEC.md, section 3.2: Base record'
+    params:
+      - id: rank
+        type: u1
+    seq:
+      - id: dims
+        type: 'dim(_index < rank,
+          _index == 0 ? 1 : dims[_index - 1].end_nonzero,
+          _index == 0 ? 1 : dims[_index - 1].end_elements)'
+        repeat: expr
+        repeat-expr: 8
+    instances:
+      bytes:
+        pos: 0
+        size: 64
+      elements:
+        value: dims.last.end_elements
+        doc: Number of elements, 1 for rank 0.
+
+  dim:
+    doc-ref: 'format_spec/SPEC.md, section 3.2: Base record'
+    params:
+      - id: is_used
+        type: bool
+        doc: Its number is below the rank.
+      - id: nonzero
+        type: u8
+        doc: Product of the dimensions before, zeros counted as 1.
+      - id: elements
+        type: u8
+        doc: Product of the dimensions before.
+    seq:
+      - id: size
+        type: u8
+        valid:
+          expr: _ == 0 or (is_used and _ <= 281474976710656 / nonzero)  # S-DIM; S-NUMEL
+    instances:
+      end_nonzero:
+        value: 'size == 0 ? nonzero : nonzero * size'
+      end_elements:
+        value: 'is_used ? elements * size : elements'
+
+  chunk_records:
+    doc: The chunk records of one tensor or file.
+    doc-ref: 'format_spec/SPEC.md, section 3.5: Chunk record'
+    params:
+      - id: tensor
+        type: tensor_record
+      - id: raw_bytes
+        type: u8
+        doc: Sum of the raw sizes of all masks and planes of the tensors and files before this one.
+    seq:
+      - id: chunks
+        type: 'chunk_record(tensor, _index,
+          _index == 0 ? raw_bytes : chunks[_index - 1].end_raw_bytes)'
+        repeat: expr
+        repeat-expr: tensor.chunks
+    instances:
+      end_raw_bytes:
+        value: 'chunks.size == 0 ? raw_bytes : chunks.last.end_raw_bytes'
+
+  chunk_record:
+    doc: |
+      A stream that is not compressed is stored in its raw size (a plane's is nnz); a compressed one
+      in fewer bytes, but at least 1/32768 of them.
+    doc-ref: 'format_spec/SPEC.md, section 3.5: Chunk record'
+    params:
+      - id: tensor
+        type: tensor_record
+      - id: number
+        type: u8
+        doc: Number of the chunk in its tensor or file.
+      - id: raw_bytes
+        type: u8
+        doc: Sum of the raw sizes of all masks and planes of the chunks before this one.
+    seq:
+      - id: mask_stored_bytes
+        type: u4
+      - id: mask_raw_bytes
+        type: u4
+      - id: nnz
+        type: u4
+        valid:
+          max: elements  # C-NNZ
+        doc: Number of kept elements.
+      - id: mask_codec
+        type: u1
+        enum: mask_codec
+        valid:
+          expr: |
+            nnz == 0 ? _ == mask_codec::empty
+            : nnz == elements ? _ == mask_codec::full
+            : _ == mask_codec::bitmask or _ == mask_codec::gap8 or _ == mask_codec::gap16
+          # C-CODEC
+        doc: Empty exactly where nnz is 0, full exactly where all elements are kept.
+        doc-ref: 'format_spec/SPEC.md, section 5: Mask codecs'
+      - id: check_full
+        size: 0
+        valid:
+          expr: tensor.op != op::new or mask_codec == mask_codec::full  # C-NEW
+      - id: mask_compressed
+        type: u1
+        valid:
+          max: 1  # C-FLAGS
+        doc: 1 where the mask is a zstd frame.
+      - id: planes_compressed
+        type: u1
+        valid:
+          max: (1 << tensor.width) - 1  # C-FLAGS
+        doc: Bit i is 1 where plane i is a zstd frame.
+      - id: reserved
+        contents: [0]  # C-FLAGS
+      - id: check_mask_raw_bytes
+        size: 0
+        valid:
+          expr: |
+            mask_codec == mask_codec::bitmask ? mask_raw_bytes == (elements + 7) / 8
+            : mask_codec == mask_codec::gap8 ? mask_raw_bytes >= nnz
+                                               and mask_raw_bytes <= nnz + (elements - nnz) / 255
+            : mask_codec == mask_codec::gap16
+              ? mask_raw_bytes % 2 == 0 and mask_raw_bytes >= 2 * nnz
+                and mask_raw_bytes <= 2 * (nnz + (elements - nnz) / 65535)
+            : mask_raw_bytes == 0
+          # C-MASKSIZE
+      - id: check_mask_stored_bytes
+        size: 0
+        valid:
+          expr: |
+            mask_compressed == 0 ? mask_stored_bytes == mask_raw_bytes
+            : mask_stored_bytes < mask_raw_bytes and mask_stored_bytes * 32768 >= mask_raw_bytes
+          # C-STORED
+      - id: plane_stored_bytes
+        type: u4
+        repeat: expr
+        repeat-expr: 8
+        valid:
+          expr: |
+            _index >= tensor.width ? _ == 0
+            : ((planes_compressed >> _index) & 1) == 0 ? _ == nnz
+            : _ < nnz and _ * 32768 >= nnz
+          # C-STORED
+        doc: Those from the dtype's width on are 0.
+      - id: sha256_64
+        size: 8
+        doc: |
+          First 8 bytes of the digest of the chunk's stored bytes without padding. Not checked here.
+      - id: check_end_raw_bytes
+        size: 0
+        valid:
+          expr: end_raw_bytes <= 256 * (_root.footer.index_offset - 64) + 67108864  # C-EXPANSION
+    instances:
+      elements_from_here:
+        value: tensor.shape.elements - number * tensor.chunk_elements
+      elements:
+        value: |
+          elements_from_here < tensor.chunk_elements ? elements_from_here : tensor.chunk_elements
+        doc: Number of elements of the chunk.
+      end_raw_bytes:
+        value: raw_bytes + mask_raw_bytes + tensor.width * nnz
+
+  heap:
+    doc: |
+      The names of all base, tensor and file records, in that order, without separators. Within each
+      table names ascend strictly by their bytes.
+    doc-ref: 'format_spec/SPEC.md, section 3.6: Heap and metadata'
+    seq:
+      - id: base_names
+        type: name
+        size: _parent.base_records[_index].name_bytes
+        repeat: expr
+        repeat-expr: _parent.base_records.size
+        valid:
+          expr: _index == 0 or _.bytes > base_names[_index - 1].bytes  # N-ORDER
+      - id: tensor_names
+        type: name
+        size: _parent.tensor_records[_index].name_bytes
+        repeat: expr
+        repeat-expr: _parent.tensor_records.size
+        valid:
+          expr: _index == 0 or _.bytes > tensor_names[_index - 1].bytes  # N-ORDER
+      - id: file_names
+        type: file_name
+        size: _parent.file_records[_index].name_bytes
+        repeat: expr
+        repeat-expr: _parent.file_records.size
+        valid:
+          expr: _index == 0 or _.bytes > file_names[_index - 1].bytes  # N-ORDER
+      - id: check_end
+        size: 0
+        valid:
+          expr: _io.eof  # N-HEAP; where names are longer than the heap, it has ended before
+
+  name:
+    doc: |
+      A tensor's name: 1 to 512 bytes of UTF-8 without control characters. `octets` are read for the
+      sake of their check, `bytes` to compare names by their bytes in languages that do not compare
+      strings by code points.
+    doc-ref: 'format_spec/SPEC.md, section 3.6: Heap and metadata'
+    seq:
+      - id: octets
+        type: u1
+        repeat: eos
+        valid:
+          expr: |
+            _ >= 0x20 and _ != 0x7f
+            and (_index == 0 or octets[_index - 1] != 0xc2 or _ >= 0xa0)
+          # N-CONTROL; U+0080 to U+009F are C2 80 to C2 9F
+      - id: check_text
+        size: 0
+        valid:
+          expr: text != "__metadata__"  # N-UTF8, because `text` is decoded for it; N-RESERVED
+    instances:
+      bytes:
+        pos: 0
+        size-eos: true
+      text:
+        pos: 0
+        size-eos: true
+        type: str
+
+  file_name:
+    doc: A file's name, of the form `[A-Za-z0-9][A-Za-z0-9._-]{0,127}`. Never a path.
+    doc-ref: 'format_spec/SPEC.md, section 3.4: File record'
+    seq:
+      - id: octets
+        type: u1
+        repeat: eos
+        valid:
+          expr: |
+            (_ >= 0x30 and _ <= 0x39) or (_ >= 0x41 and _ <= 0x5a) or (_ >= 0x61 and _ <= 0x7a)
+            or (_index > 0 and (_ == 0x2d or _ == 0x2e or _ == 0x5f))
+          # N-FILE
+    instances:
+      bytes:
+        pos: 0
+        size-eos: true
+      text:
+        pos: 0
+        size-eos: true
+        type: str
+        encoding: ASCII
+
+  chunk_data:
+    doc: Nothing else lies between header and index.
+    doc-ref: 'format_spec/SPEC.md, section 2.2: Chunk data'
+    seq:
+      - id: tensors
+        type: chunks(_root.index.tensor_chunks[_index])
+        repeat: expr
+        repeat-expr: _root.index.tensor_chunks.size
+      - id: files
+        type: chunks(_root.index.file_chunks[_index])
+        repeat: expr
+        repeat-expr: _root.index.file_chunks.size
+      - id: check_end
+        size: 0
+        valid:
+          expr: _io.eof  # C-LAYOUT; where the chunks go on, the chunk data have ended before
+
+  chunks:
+    doc: The chunks of one tensor or file.
+    doc-ref: 'format_spec/SPEC.md, section 2.2: Chunk data'
+    params:
+      - id: records
+        type: chunk_records
+    seq:
+      - id: chunks
+        type: chunk(records.chunks[_index])
+        repeat: expr
+        repeat-expr: records.chunks.size
+
+  chunk:
+    doc: One chunk as it is stored.
+    doc-ref: 'format_spec/SPEC.md, section 2.2: Chunk data'
+    params:
+      - id: record
+        type: chunk_record
+    seq:
+      - id: mask
+        size: record.mask_stored_bytes
+        doc: Which elements are kept; a zstd frame where record.mask_compressed is 1.
+        doc-ref: 'format_spec/SPEC.md, section 5: Mask codecs'
+      - id: planes
+        size: record.plane_stored_bytes[_index]
+        repeat: expr
+        repeat-expr: record.tensor.width
+        doc: |
+          Plane i holds byte i of the payload word of every kept element; it is a zstd frame where
+          bit i of record.planes_compressed is 1.
+        doc-ref: 'format_spec/SPEC.md, section 6: Value codecs'
+      - id: padding
+        type: u1
+        repeat: expr
+        repeat-expr: (8 - _io.pos % 8) % 8
+        valid: 0  # C-PADDING
+        doc: Up to a multiple of 8, which the start of the chunk data is.
+
+enums:
+  index_compression:
+    0:
+      id: raw
+    1:
+      id: zstd
+      doc: One zstd frame.
+  dtype:
+    1: bool
+    2: u8
+    3: i8
+    4: u16
+    5: i16
+    6: u32
+    7: i32
+    8: u64
+    9: i64
+    10: f8_e4m3
+    11: f8_e5m2
+    12: f8_e8m0
+    13: f16
+    14: bf16
+    15: f32
+    16: f64
+    17: c64
+  op:
+    1:
+      id: copy
+      doc: The base tensor's bytes under this name, or the base's file of that name.
+    2:
+      id: delta
+      doc: The base tensor with its kept elements changed.
+    3:
+      id: new
+      doc: Stored whole.
+  mask_codec:
+    0:
+      id: empty
+      doc: Nothing is kept.
+    1:
+      id: full
+      doc: Everything is kept.
+    2:
+      id: bitmask
+      doc: One bit an element.
+    3:
+      id: gap8
+      doc: One byte a gap; 255 skips 255 elements, keeps none, and the gap goes on.
+    4:
+      id: gap16
+      doc: As gap8 with 16-bit gaps and 65535; all low bytes, then all high bytes.
+  value_codec:
+    0:
+      id: none
+      doc: Copies.
+    1:
+      id: replace
+      doc: The payload is the fine-tune's word.
+    2:
+      id: xor
+      doc: The payload is the xor of the base's word and the fine-tune's.
+    3:
+      id: ulp
+      doc: The payload is the distance in floats, as a zigzag number less 1.

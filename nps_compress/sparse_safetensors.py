@@ -1,0 +1,311 @@
+"""Exchange with tools that read sparse safetensors: ``NAME.indices`` and ``NAME.values``.
+
+The layout of TRL's delta weight sync (huggingface/trl #5417, #5937) and of verl, and what vLLM's
+checkpoint weight patches take (vllm-project/vllm #50723): of each changed tensor the flat positions
+as int32 and the fine-tune's own values there, in the tensor's dtype; a tensor that the base lacks
+lies whole under its name; what is unchanged is absent; the file's metadata says ``sparse: True``.
+
+What the layout has no place for (renamed and deleted tensors, side files) travels as one JSON text
+in the file's metadata under the key ``nps``, which other readers ignore.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nps_compress._progress import bar
+from nps_compress.atomic import atomic_file, refuse_existing, refuse_input_as_output
+from nps_compress.checkpoint import (
+    SIDE_FILES,
+    Checkpoint,
+    Pair,
+    StoredTensor,
+    encode_header,
+    open_checkpoint,
+    read_header,
+)
+from nps_compress.dtypes import BY_NAME, DType, Words
+from nps_compress.errors import CheckpointError, InvalidArgumentError
+from nps_compress.format.layout import Op
+from nps_compress.format.records import TensorEntry
+from nps_compress.packing import PackReport, write
+from nps_compress.reconstruct import FINETUNED_NAME_KEY, Task
+from nps_compress.unpacking import check_layout, open_task, rebuilt, side_files_of
+
+_INDICES, _VALUES = ".indices", ".values"
+_INT32, _INT64 = BY_NAME["I32"], BY_NAME["I64"]
+_KEY = "nps"
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written: tensors with changes, tensors stored whole, changed elements."""
+
+    path: Path
+    file_bytes: int
+    changed_tensors: int
+    new_tensors: int
+    nnz: int
+
+
+def export_sparse(
+    base: str | Path,
+    task: str | Path,
+    out: str | Path,
+    *,
+    force: bool = False,
+    progress: bool = False,
+) -> ExportReport:
+    """Write the changes of a ``.nps`` file as sparse safetensors; every digest is checked.
+
+    Raises:
+        OutputExistsError, CheckpointError, FormatError, BaseMismatchError, WriteError,
+        InvalidArgumentError: a tensor is too large for int32 positions, or its names collide.
+    """
+    out = Path(out)
+    refuse_existing(out, force)
+    base_ = open_checkpoint(base)
+    refuse_input_as_output(out, [base_.path, Path(task)])
+    with open_task(task) as task_:
+        check_layout(task_, base_, task_.reader.tensors)
+        changed = [
+            entry for entry in task_.reader.tensors if entry.op is Op.NEW or task_.reader.nnz(entry)
+        ]
+        blocks = _blocks(task_, changed)
+        header = encode_header(
+            [(name, *blocks[name]) for name in blocks],
+            {"format": "pt", "sparse": "True", _KEY: _Beyond.of(task_, base_).to_json()},
+        )
+        offsets, end = {}, len(header)
+        for name, (dtype, shape) in blocks.items():
+            offsets[name] = end
+            end += math.prod(shape) * dtype.itemsize
+        with (
+            atomic_file(out, force) as stream,
+            bar(len(changed), "exporting", "tensor", progress) as advance,
+        ):
+            stream.write(header)
+            for entry, words in rebuilt(task_, base_, changed):
+                if entry.op is Op.DELTA:
+                    kept = task_.kept_positions(entry.name)
+                    stream.seek(offsets[entry.name + _INDICES])
+                    stream.write(kept.astype("<i4").data)
+                    stream.seek(offsets[entry.name + _VALUES])
+                    stream.write(words[kept].data)
+                else:
+                    stream.seek(offsets[entry.name])
+                    stream.write(words.data)
+                advance()
+        deltas = [entry for entry in changed if entry.op is Op.DELTA]
+        nnz = sum(map(task_.reader.nnz, deltas))
+    return ExportReport(out, end, len(deltas), len(changed) - len(deltas), nnz)
+
+
+def import_sparse(
+    base: str | Path,
+    patch: str | Path,
+    out: str | Path,
+    *,
+    force: bool = False,
+    progress: bool = False,
+) -> PackReport:
+    """Pack what a sparse safetensors file makes of its base, bit for bit, as a ``.nps`` file.
+
+    Raises:
+        OutputExistsError, WriteError.
+        CheckpointError: no such file, not this layout, or it changes what the base lacks.
+        BaseMismatchError: the file was exported against another base.
+    """
+    out = Path(out)
+    refuse_existing(out, force)
+    base_ = open_checkpoint(base)
+    refuse_input_as_output(out, [base_.path, Path(patch)])
+    pair_, beyond = _apply(base_, Path(patch))
+    return write(pair_, None, out, beyond.metadata, force, progress, beyond.base_root)
+
+
+# -- export -----------------------------------------------------------------------------------
+
+
+def _blocks(task: Task, changed: list[TensorEntry]) -> dict[str, tuple[DType, tuple[int, ...]]]:
+    """Dtype and shape of all tensors of the file by name, wide dtypes first."""
+    blocks: list[tuple[str, DType, tuple[int, ...]]] = []
+    for entry in changed:
+        if entry.op is Op.NEW:
+            blocks.append((entry.name, entry.dtype, entry.shape))
+            continue
+        if entry.numel > 2**31 - 1:
+            raise InvalidArgumentError(
+                f"size of {entry.name!r}", entry.numel, "at most 2147483647, to fit int32 indices"
+            )
+        nnz = task.reader.nnz(entry)
+        blocks.append((entry.name + _INDICES, _INT32, (nnz,)))
+        blocks.append((entry.name + _VALUES, entry.dtype, (nnz,)))
+    blocks.sort(key=lambda block: -block[1].itemsize)
+    found = {name: (dtype, shape) for name, dtype, shape in blocks}
+    if len(found) != len(blocks):
+        names = [name for name, _, _ in blocks]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InvalidArgumentError(
+            "tensor name", twice, f"none that ends in {_INDICES} or {_VALUES}"
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class _Beyond:
+    """What the layout has no place for; kept as JSON in the file's metadata.
+
+    renamed: tensors that come from a base tensor of another name, with that name. deleted: base
+    tensors that the fine-tune does not have under their own name.
+    """
+
+    base_root: str | None = None
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    deleted: Sequence[str] = ()
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, task: Task, base: Checkpoint) -> _Beyond:
+        """What a task says that its changes do not."""
+        reader = task.reader
+        base_of = {name: task.base_tensor_name(name) for name in task.names}
+        return cls(
+            reader.base_root.hex(),
+            {name: other for name, other in base_of.items() if other not in (None, name)},
+            [t.name for t in reader.base if base_of.get(t.name, "") not in (None, t.name)],
+            dict(side_files_of(task, base)),
+            reader.metadata,
+        )
+
+    def to_json(self) -> str:
+        files = {name: base64.b64encode(data).decode() for name, data in self.files.items()}
+        return json.dumps({**asdict(self), "files": files})
+
+    @classmethod
+    def parse(cls, path: Path, text: str | None) -> _Beyond:
+        """Undo :meth:`to_json`; nothing is known of a file that another tool wrote."""
+        if text is None:
+            return cls()
+        try:
+            read = json.loads(text)
+            texts = {name: _texts(read[name].items()) for name in ("renamed", "files", "metadata")}
+            ((_, root),) = _texts([("", read["base_root"])]).items()
+            files = {
+                name: base64.b64decode(data, validate=True)
+                for name, data in texts["files"].items()
+                if name in SIDE_FILES
+            }
+            deleted = list(_texts((name, "") for name in read["deleted"]))
+            return cls(root, texts["renamed"], deleted, files, texts["metadata"])
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            reason = f"metadata {_KEY!r} is not what export writes ({error!r})"
+            raise CheckpointError(path, reason) from None
+
+
+def _texts(items: Iterable[tuple[Any, Any]]) -> dict[str, str]:
+    found = dict(items)
+    if not all(isinstance(text, str) for pair in found.items() for text in pair):
+        raise TypeError("not text")
+    return found
+
+
+# -- import -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Patched(Checkpoint):
+    """The fine-tune that a patch makes of its base, read like a checkpoint on disk."""
+
+    base: Checkpoint
+    base_of: Mapping[str, str]
+    patches: Mapping[str, tuple[StoredTensor, StoredTensor]]  # indices and values
+    files: Mapping[str, bytes]
+
+    def read(self, name: str) -> Words:
+        """The tensor, changed where the patch says so. Raises CheckpointError."""
+        if name not in self.base_of:
+            return super().read(name)
+        words = self.base.read(self.base_of[name])
+        if name in self.patches:
+            indices, values = self.patches[name]
+            words[self._positions(indices, words.size)] = values.read()
+        return words
+
+    def _positions(self, indices: StoredTensor, numel: int) -> npt.NDArray[np.signedinteger]:
+        positions = indices.read().view(f"<i{indices.dtype.itemsize}")
+        if positions.size and not 0 <= positions.min() <= positions.max() < numel:
+            raise CheckpointError(
+                self.path, f"{indices.name!r} has one outside of {numel} elements"
+            )
+        if len(np.unique(positions)) != len(positions):
+            raise CheckpointError(self.path, f"{indices.name!r} has one twice")
+        return positions
+
+    def read_side_file(self, name: str) -> bytes:
+        """The bytes of a side file."""
+        return self.files[name]
+
+
+def _apply(base: Checkpoint, path: Path) -> tuple[Pair, _Beyond]:
+    """The base and what the patch makes of it, as far as headers tell."""
+    if not path.is_file():
+        raise CheckpointError(path, "no such file")
+    stored, metadata = read_header(path)
+    patches = dict(_patches(path, stored))
+    if not patches and metadata.get("sparse") != "True":
+        raise CheckpointError(path, f"holds no NAME{_INDICES} and NAME{_VALUES}")
+    beyond = _Beyond.parse(path, metadata.get(_KEY))
+    parts = {part.name for patch in patches.values() for part in patch}
+    whole = {name: tensor for name, tensor in stored.items() if name not in parts}
+    same = set(base.tensors) - set(beyond.deleted) - set(whole)
+    base_of = {name: name for name in same} | dict(beyond.renamed)
+    for name in (*patches, *base_of):
+        if base_of.get(name) not in base.tensors:
+            raise CheckpointError(path, f"changes {name!r}, which {base.path} does not have")
+    tensors = whole | {name: base.tensors[other] for name, other in base_of.items()}
+    for name, (indices, values) in patches.items():
+        expected = (tensors[name].dtype, indices.shape)
+        if (values.dtype, values.shape) != expected:
+            raise CheckpointError(
+                path,
+                f"{values.name!r} is {values.dtype.name} {list(values.shape)}, expected "
+                f"{expected[0].name} {list(expected[1])}",
+            )
+    finetuned = _Patched(
+        path,
+        beyond.metadata.get(FINETUNED_NAME_KEY, path.name),
+        dict(sorted(tensors.items(), key=lambda item: item[0].encode())),
+        dict.fromkeys(beyond.files, path),
+        base,
+        base_of,
+        patches,
+        beyond.files,
+    )
+    return Pair(base, finetuned, base_of), beyond
+
+
+def _patches(
+    path: Path, stored: Mapping[str, StoredTensor]
+) -> Iterator[tuple[str, tuple[StoredTensor, StoredTensor]]]:
+    for name, indices in stored.items():
+        changed = name.removesuffix(_INDICES)
+        if changed == name:
+            continue
+        values = stored.get(changed + _VALUES)
+        if values is None:
+            raise CheckpointError(path, f"has {name!r} but no {changed + _VALUES!r}")
+        if indices.dtype not in (_INT32, _INT64) or len(indices.shape) != 1:
+            found = f"{indices.dtype.name} {list(indices.shape)}"
+            raise CheckpointError(path, f"{name!r} is {found}, expected one row of I32")
+        yield changed, (indices, values)

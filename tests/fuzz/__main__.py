@@ -1,0 +1,36 @@
+"""Coverage-guided fuzzing of one target: ``python tests/fuzz TARGET [libFuzzer options]``.
+
+``make fuzz`` runs all of them, see run.py. An index out of bounds in a hot loop is an error here:
+the targets of single codecs run those loops as plain Python, so that their branches are seen too;
+whole files need compiled code for their size, which then checks its bounds.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from pathlib import Path
+
+TARGET = sys.argv.pop(1)
+os.environ["NUMBA_BOUNDSCHECK" if TARGET == "reader" else "NUMBA_DISABLE_JIT"] = "1"
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "tests" / "fuzz"), str(ROOT / "format_spec")]
+
+import atheris  # noqa: E402
+
+MEMORY_LIMIT = 3 << 30  # of address space, of which interpreter, numpy, LLVM and atheris map half
+
+if TARGET == "reader":  # numba can't compile what atheris has instrumented
+    pass
+with atheris.instrument_imports(include=["nps_compress", "minimal_reader", "targets"]):
+    import numpy as np
+
+    import targets
+
+if __name__ == "__main__":
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
+    np.seterr(over="ignore")  # words wrap around; compiled code does so without a warning
+    sys.argv[0] = os.environ.get("FUZZ_SELF", sys.argv[0])  # merging starts it anew by this name
+    atheris.Setup(sys.argv, targets.TARGETS[TARGET])
+    atheris.Fuzz()

@@ -1,0 +1,139 @@
+"""The standard's own corpus: vectors, and three readers that must agree on each of them."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import re
+import subprocess
+import sys
+from functools import cache
+
+import pytest
+from conftest import ROOT
+
+import conformance
+import kaitai_reader
+import minimal_reader
+
+SPEC = ROOT / "format_spec"
+VECTORS = SPEC / "vectors"
+EXPECTED = json.loads((VECTORS / "expected.json").read_text())
+NAMES = [f"{kind}/{name}" for kind in conformance.KINDS for name in EXPECTED[kind]]
+
+
+@cache
+def rows() -> dict[str, conformance.Row]:
+    return {row.vector: row for row in conformance.read_all()}
+
+
+@pytest.mark.parametrize("vector", NAMES)
+def test_readers_agree(vector):
+    row = rows()[vector]
+    assert row.agrees, row
+
+
+def test_table_is_the_last_word():
+    assert conformance.TABLE.read_text() == conformance.table(list(rows().values()))
+
+
+def test_a_reader_that_differs_would_show(monkeypatch):
+    monkeypatch.setattr(conformance, "by_minimal_reader", lambda path, base: "X-OTHER")
+    differing = conformance._refused("reject", "H-CRC-wrong", "H-CRC")
+    assert not differing.agrees
+    assert "**DIFFER**" in conformance.table([differing])
+    assert not conformance._valid("smallest", EXPECTED["valid"]["smallest"]).agrees
+
+
+def test_vectors_come_out_of_their_generator_byte_for_byte(tmp_path):
+    generator = VECTORS / "generate.py"
+    subprocess.run([sys.executable, str(generator), str(tmp_path)], check=True, capture_output=True)
+    made = {str(p.relative_to(tmp_path)): p for p in tmp_path.rglob("*") if p.is_file()}
+    kept = {
+        str(p.relative_to(VECTORS)): p
+        for p in VECTORS.rglob("*")
+        if p.suffix in (".nps", ".safetensors", ".json")
+    }
+    assert set(made) == set(kept)
+    for name, path in made.items():
+        assert path.read_bytes() == kept[name].read_bytes(), name
+
+
+def test_every_rule_has_a_vector():
+    text = (SPEC / "SPEC.md").read_text().split("## 8. ")[1].split("\n## ")[0]
+    rules = set(re.findall(r"^\| ([A-Z]-[A-Z0-9]+) \|", text, re.M))
+    assert {"-".join(name.split("-")[:2]) for name in EXPECTED["reject"]} == rules
+    assert set(EXPECTED["reject"].values()) == rules
+    assert len(EXPECTED["reject"]) >= 80
+    assert len(EXPECTED["valid"]) >= 25
+
+
+def test_readers_are_independent():
+    allowed = set(sys.stdlib_module_names) | {"numpy", "zstandard", "kaitaistruct"}
+    files = [SPEC / "minimal_reader.py", *VECTORS.glob("*.py"), *(SPEC / "kaitai").glob("*.py")]
+    own = {"parts", "valid", "reject", "nps", "nps_zstd"}
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported = [alias.name for alias in node.names]
+            else:
+                imported = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert {name.split(".")[0] for name in imported} <= allowed | own, path
+    assert len((SPEC / "minimal_reader.py").read_text().splitlines()) < 400
+
+
+def test_kaitai_parser_is_compiled_from_the_description():
+    digest = hashlib.sha256((SPEC / "nps.ksy").read_bytes()).hexdigest()
+    first, *_ = (SPEC / "kaitai" / "nps.py").read_text().splitlines()
+    assert first == f"# From nps.ksy, SHA-256 {digest}"
+
+
+def test_kaitai_states_most_rules():
+    refused = {row.expected for row in rows().values() if row.outcomes[2] == conformance.REFUSED}
+    assert refused >= kaitai_reader.RULES
+    assert len(kaitai_reader.RULES) >= 40
+
+
+def minimal(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SPEC / "minimal_reader.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+class TestMinimalReader:
+    """Its command line; what it decodes is tested by the vectors."""
+
+    task = VECTORS / "valid" / "dtype-bf16.nps"
+    base = VECTORS / "valid" / "dtype-bf16.base.safetensors"
+
+    def test_lists(self):
+        done = minimal("list", self.task)
+        assert "delta 3 BF16 [103, 10] 'gap16.ulp'" in done.stdout
+        assert EXPECTED["valid"]["dtype-bf16"]["content_sha256"] in done.stdout
+
+    def test_verifies(self):
+        assert minimal("verify", self.task).returncode == 0
+        assert minimal("verify", self.task, self.base).returncode == 0
+        wrong = minimal("verify", self.task, VECTORS / "valid" / "dtype-f16.base.safetensors")
+        assert wrong.returncode == 1
+        assert wrong.stderr.startswith("WrongBase: ")
+        refused = minimal("verify", VECTORS / "reject" / "N-CONTROL-escape.nps")
+        assert refused.returncode == 1
+        assert refused.stderr == "N-CONTROL: c\\x1b[31m\n"
+
+    def test_rebuilds(self, tmp_path):
+        out = tmp_path / "out.safetensors"
+        assert minimal("rebuild", self.task, self.base, out).returncode == 0
+        wanted = EXPECTED["valid"]["dtype-bf16"]["tensors"]
+        found = minimal_reader.read_safetensors(out)
+        for name, (dtype, shape, data) in found.items():
+            assert (dtype, list(shape)) == (wanted[name]["dtype"], wanted[name]["shape"])
+            assert hashlib.sha256(data).hexdigest() == wanted[name]["sha256"]
+        assert set(found) == set(wanted)
+        assert minimal("rebuild", self.task, self.base, out).returncode == 1  # never overwritten
+
+
+def test_vectors_folder_holds_nothing_else():
+    kinds = {path.suffix for path in VECTORS.rglob("*") if path.is_file()}
+    assert kinds - {".pyc"} == {".py", ".json", ".nps", ".safetensors"}
+    assert not [p for p in VECTORS.rglob("*.nps") if f"{p.parent.name}/{p.stem}" not in NAMES]

@@ -1,0 +1,41 @@
+"""What fuzzing has found worth keeping, run through the same targets without the fuzzer."""
+
+from __future__ import annotations
+
+import zipfile
+
+import pytest
+from conftest import ROOT
+
+import targets
+
+CORPUS = ROOT / "tests" / "fuzz" / "corpus"
+
+
+@pytest.mark.parametrize("name", sorted(targets.TARGETS))
+def test_corpus(name):
+    with zipfile.ZipFile(CORPUS / f"{name}.zip") as stored:
+        inputs = [stored.read(member) for member in stored.namelist()]
+    assert len(inputs) > 5
+    for data in inputs:
+        targets.TARGETS[name](data)
+
+
+@pytest.mark.parametrize(
+    ("name", "broken", "value"),
+    [
+        ("masks", "decode_mask", lambda *_: targets.np.zeros(1, targets.np.uint32)),
+        ("zstd", "decompress", lambda *_: b"x"),
+        ("values", "apply_payload", lambda *_: None),
+    ],
+)
+def test_a_wrong_codec_would_show(name, broken, value, monkeypatch):
+    monkeypatch.setattr(targets.codecs, broken, value)
+    with pytest.raises(AssertionError):
+        test_corpus(name)
+
+
+def test_readers_that_differ_would_show(monkeypatch):
+    monkeypatch.setattr(targets, "minimal_outcome", lambda data: ("refused", "X-OTHER"))
+    with pytest.raises(AssertionError):
+        test_corpus("reader")
