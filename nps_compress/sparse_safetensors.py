@@ -138,27 +138,25 @@ def import_sparse(
 
 def _blocks(task: Task, changed: list[TensorEntry]) -> dict[str, tuple[DType, tuple[int, ...]]]:
     """Dtype and shape of all tensors of the file by name, wide dtypes first."""
-    blocks: list[tuple[str, DType, tuple[int, ...]]] = []
+    deltas = [entry for entry in changed if entry.op is Op.DELTA]
+    taken = {entry.name + _VALUES for entry in deltas}
+    blocks: dict[str, tuple[DType, tuple[int, ...]]] = {}
     for entry in changed:
         if entry.op is Op.NEW:
-            blocks.append((entry.name, entry.dtype, entry.shape))
+            if entry.name in taken or entry.name.endswith(_INDICES):
+                raise InvalidArgumentError(
+                    "tensor name", entry.name, f"none that reads as {_INDICES} or {_VALUES}"
+                )
+            blocks[entry.name] = (entry.dtype, entry.shape)
             continue
         if entry.numel > 2**31 - 1:
             raise InvalidArgumentError(
                 f"size of {entry.name!r}", entry.numel, "at most 2147483647, to fit int32 indices"
             )
         nnz = task.reader.nnz(entry)
-        blocks.append((entry.name + _INDICES, _INT32, (nnz,)))
-        blocks.append((entry.name + _VALUES, entry.dtype, (nnz,)))
-    blocks.sort(key=lambda block: -block[1].itemsize)
-    found = {name: (dtype, shape) for name, dtype, shape in blocks}
-    if len(found) != len(blocks):
-        names = [name for name, _, _ in blocks]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise InvalidArgumentError(
-            "tensor name", twice, f"none that ends in {_INDICES} or {_VALUES}"
-        )
-    return found
+        blocks[entry.name + _INDICES] = (_INT32, (nnz,))
+        blocks[entry.name + _VALUES] = (entry.dtype, (nnz,))
+    return dict(sorted(blocks.items(), key=lambda block: -block[1][0].itemsize))
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,8 @@ def test_the_whole_road(tiny, tmp_path):
     assert "bits per parameter" in text
     assert "nothing was searched" in text
     assert "ok: 7 base tensors match, 8 rebuilt tensors" in ok("verify", base, task)
+    assert "needs the base" in ok("verify", task)
+    assert json.loads(ok("verify", task, "--json"))["with_base"] is False
     assert "every digest matched" in ok("unpack", base, task, "-o", out)
     assert (out / "model.safetensors").exists()
     text = ok("inspect", task)
@@ -132,6 +134,40 @@ class TestBadInput:
         assert "H-MAGIC" in fails("inspect", tmp_path / "t.nps")
         assert "No such file" in fails("verify", tiny[0], tmp_path / "none.nps")
         assert "Is a directory" in fails("inspect", tmp_path)
+
+    def test_verify_takes_one_or_two_paths(self, tiny, tmp_path):
+        line = fails("verify", *tiny, tmp_path / "t.nps", code=2)
+        assert "expected [BASE] TASK, received 3 arguments" in line
+        assert "Missing argument '[BASE] TASK'" in fails("verify", code=2)
+
+    def test_output_too_large(self, tiny, tmp_path):
+        ok("pack", *tiny, "-o", tmp_path / "t.nps")
+        call = ("unpack", tiny[0], tmp_path / "t.nps", "-o", tmp_path / "o", "--max-size")
+        line = fails(*call, 1e-6)
+        assert "at most 1,000 were allowed" in line
+        assert "-1.0 GB" in fails(*call, -1, code=2)
+        assert not (tmp_path / "o").exists()
+        ok(*call, 1)
+
+    def test_export_and_import(self, tiny, tmp_path):
+        base, tuned = tiny
+        ok("pack", base, tuned, "-o", tmp_path / "t.nps")
+        call = ("export", tmp_path / "t.nps", "--base", base, "-o", tmp_path / "p.safetensors")
+        assert "'zip' is not 'sparse-safetensors'" in fails(*call, "--to", "zip", code=2)
+        (tmp_path / "p.safetensors").write_text("precious")
+        assert "pass --force" in fails(*call)
+        ok(*call, "--force")
+        line = fails("import", tmp_path / "t.nps", "--base", base, "-o", tmp_path / "u.nps")
+        assert "is not a readable safetensors file" in line
+        line = fails(
+            "import", tmp_path / "p.safetensors", "--base", tuned, "-o", tmp_path / "u.nps"
+        )
+        assert "changes 'pooler', which" in line or "is not the base" in line
+        assert not (tmp_path / "u.nps").exists()
+        line = fails(
+            "export", tmp_path / "t.nps", "--base", base, "-o", tmp_path / "t.nps", "--force"
+        )
+        assert "would replace the input" in line
 
     def test_calibration(self, tiny, tmp_path):
         data = tmp_path / "c.jsonl"

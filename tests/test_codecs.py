@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import zstandard
@@ -149,10 +152,48 @@ def test_rounding_agrees_with_torch(name, rng):
     assert np.array_equal(to_float32(words, dtype), expected.float().numpy())
 
 
-class TestZstd:
-    """Each hazard of the library that decompress() guards against."""
+PAYLOAD = b"weights" * 50
+FRAME = codecs.compress(PAYLOAD)
 
-    payload = b"weights" * 50
+
+def _set(frame: bytes, position: int, byte: int) -> bytes:
+    return frame[:position] + bytes([byte]) + frame[position + 1 :]
+
+
+def _one_shot(frame: bytes, expected: int) -> bytes:
+    """The call of the library's documentation, with its output limit."""
+    return zstandard.ZstdDecompressor().decompress(frame, max_output_size=expected)
+
+
+def _stream(frame: bytes, expected: int) -> bytes:
+    return zstandard.ZstdDecompressor().stream_reader(io.BytesIO(frame)).read()
+
+
+# What a frame is, what is expected of it, and a naive call that lets it pass.
+HAZARDS = {
+    "ten million bytes in place of a hundred": (codecs.compress(bytes(10**7)), 100, _one_shot),
+    "trailing byte": (FRAME + b"x", 350, _one_shot),
+    "second frame": (FRAME + FRAME, 350, _one_shot),
+    "states 0, holds 20": (_set(codecs.compress(b"a" * 20), 5, 0), 0, _one_shot),
+    "truncated": (FRAME[:-1], 350, _stream),
+    "states no size": (
+        zstandard.ZstdCompressor(write_content_size=False).compress(PAYLOAD),
+        350,
+        _one_shot,
+    ),
+    "window over 8 MiB": (
+        zstandard.ZstdCompressor(
+            compression_params=zstandard.ZstdCompressionParameters(window_log=24)
+        ).compress(bytes(1 << 24)),
+        1 << 24,
+        _one_shot,
+    ),
+    "checksum": (zstandard.ZstdCompressor(write_checksum=True).compress(PAYLOAD), 350, _one_shot),
+}
+
+
+class TestZstd:
+    """Hazards of the library that decompress() guards against."""
 
     def refuse(self, frame: bytes, expected: int) -> None:
         with pytest.raises(FormatError) as caught:
@@ -160,36 +201,28 @@ class TestZstd:
         assert caught.value.rule == "P-ZSTD"
 
     def test_round_trip(self):
-        frame = codecs.compress(self.payload)
-        assert codecs.decompress(frame, len(self.payload)) == self.payload
+        assert codecs.decompress(FRAME, len(PAYLOAD)) == PAYLOAD
 
-    def test_huge_stated_size(self):
+    @pytest.mark.parametrize("hazard", HAZARDS)
+    def test_what_a_naive_call_lets_pass_is_refused(self, hazard):
+        frame, expected, naive = HAZARDS[hazard]
+        naive(frame, expected)  # no error
+        self.refuse(frame, expected)
+
+    def test_exabytes_are_refused_before_they_are_allocated(self):
         frame = bytes.fromhex("28b52ffde0") + (7 * 10**18).to_bytes(8, "little") + b"\x01\x00\x00"
+        with pytest.raises(MemoryError):
+            _one_shot(frame, 100)
         self.refuse(frame, 100)
 
-    def test_trailing_bytes(self):
-        self.refuse(codecs.compress(self.payload) + b"x", len(self.payload))
-
-    def test_second_frame(self):
-        self.refuse(codecs.compress(self.payload) * 2, len(self.payload))
-
-    def test_truncated(self):
-        self.refuse(codecs.compress(self.payload)[:-1], len(self.payload))
-
-    def test_stated_size_zero_with_data(self):
-        frame = bytearray(codecs.compress(b"a" * 20))
-        frame[5] = 0
-        self.refuse(bytes(frame), 20)
-        self.refuse(bytes(frame), 0)
-
-    def test_without_content_size(self):
-        compressor = zstandard.ZstdCompressor(write_content_size=False)
-        self.refuse(compressor.compress(self.payload), len(self.payload))
-
-    def test_checksum_is_not_part_of_the_format(self):
-        compressor = zstandard.ZstdCompressor(write_checksum=True)
-        self.refuse(compressor.compress(self.payload), len(self.payload))
+    def test_threads_share_no_decompressor(self):
+        frames = [codecs.compress(bytes([i]) * 100_000) for i in range(50)]
+        with ThreadPoolExecutor(8) as pool:
+            found = pool.map(lambda frame: codecs.decompress(frame, 100_000), frames * 20)
+            for i, data in enumerate(found):
+                assert data == bytes([i % 50]) * 100_000
 
     def test_not_a_frame(self):
         self.refuse(b"", 5)
         self.refuse(b"hello world", 5)
+        self.refuse(_set(codecs.compress(b"a" * 20), 5, 0), 20)
