@@ -7,6 +7,7 @@ whole files need compiled code for their size, which then checks its bounds.
 
 from __future__ import annotations
 
+import importlib
 import os
 import resource
 import sys
@@ -22,7 +23,7 @@ import atheris  # noqa: E402
 MEMORY_LIMIT = 3 << 30  # of address space, of which interpreter, numpy, LLVM and atheris map half
 
 if TARGET == "reader":  # numba can't compile what atheris has instrumented
-    pass
+    importlib.import_module("nps_compress.codecs")
 with atheris.instrument_imports(include=["nps_compress", "minimal_reader", "targets"]):
     import numpy as np
 

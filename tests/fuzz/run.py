@@ -1,8 +1,8 @@
 """Fuzz every target for a while: ``python tests/fuzz/run.py --seconds 60``, or ``make fuzz``.
 
 Targets share the cores, one process each. The corpus (corpus/TARGET.zip) grows by what reached new
-code and is kept minimal; the vectors are its seeds. A finding is left in fuzz-work/TARGET/, is
-named on the last lines, and makes the exit status 1. One row a target goes to
+code and is kept minimal; the vectors are its seeds. A finding is left in fuzz-work/TARGET/findings
+and makes the exit status 1. One row a target goes to
 format_spec/fuzzing.csv.
 """
 
@@ -157,8 +157,8 @@ def main() -> int:
                 writer.writerow(row)
             print(", ".join(f"{field} {row[field]}" for field in FIELDS[2:-1]))
             found += int(str(row["findings"]))
-    for path in sorted(WORK.glob("*/findings/*")) if found else ():
-        print(f"finding: {path.relative_to(ROOT)}")
+    if found:
+        print(f"findings are in {', '.join(f'fuzz-work/{target}/findings' for target in targets)}")
     return 1 if found else 0
 
 
