@@ -24,7 +24,7 @@ from nps_compress.errors import FormatError
 Positions = npt.NDArray[np.uint32]  # ascending, within the chunk
 
 DEFAULT_LEVEL = 3
-_ZSTD_MAX_WINDOW = 1 << 23
+MAX_ZSTD_WINDOW = 1 << 23
 _GAP8_ESCAPE, _GAP16_ESCAPE = 0xFF, 0xFFFF
 # Outside these densities the other codec was never the smaller one on random masks.
 _BITMASK_FROM, _GAP8_UNTIL = 0.07, 0.15
@@ -126,7 +126,7 @@ def decompress(frame: bytes, expected_bytes: int, rule: str = "P-ZSTD") -> bytes
         raise FormatError(
             rule, f"zstd frame states {parameters.content_size} bytes, expected {expected_bytes}"
         )
-    if parameters.dict_id or parameters.has_checksum or parameters.window_size > _ZSTD_MAX_WINDOW:
+    if parameters.dict_id or parameters.has_checksum or parameters.window_size > MAX_ZSTD_WINDOW:
         raise FormatError(rule, "zstd frame with a dictionary, a checksum or a window over 8 MiB")
     try:
         data = _zstd.decompressor.decompress(

@@ -8,14 +8,17 @@ import json
 import re
 import subprocess
 import sys
+import unicodedata
 from functools import cache
 
 import pytest
+from click.testing import CliRunner
 from conftest import ROOT
 
 import conformance
 import kaitai_reader
 import minimal_reader
+from nps_compress.cli import main
 
 SPEC = ROOT / "format_spec"
 VECTORS = SPEC / "vectors"
@@ -137,3 +140,16 @@ def test_vectors_folder_holds_nothing_else():
     kinds = {path.suffix for path in VECTORS.rglob("*") if path.is_file()}
     assert kinds - {".pyc"} == {".py", ".json", ".nps", ".safetensors"}
     assert not [p for p in VECTORS.rglob("*.nps") if f"{p.parent.name}/{p.stem}" not in NAMES]
+
+
+@pytest.mark.parametrize("arguments", [("inspect",), ("inspect", "--json"), ("verify",)])
+def test_no_vector_reaches_the_terminal_unescaped(arguments):
+    for path in VECTORS.rglob("*.nps"):
+        done = CliRunner().invoke(main, [arguments[0], str(path), *arguments[1:]])
+        said = done.stdout + done.stderr
+        assert done.exit_code in (0, 1), (path, said)
+        assert isinstance(done.exception, SystemExit | None), (path, done.exception)
+        assert not [c for c in said if unicodedata.category(c) in ("Cc", "Cf") and c != "\n"], path
+        if done.exit_code:
+            assert done.stdout == ""
+            assert len(done.stderr.splitlines()) == 1, said

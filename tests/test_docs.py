@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 
 import pytest
 from conftest import ROOT
 
+from nps_compress import codecs
 from nps_compress.cli import main
 from nps_compress.codecs import MaskCodec, ValueCodec
 from nps_compress.dtypes import DTYPES
@@ -72,10 +74,10 @@ def test_spec_codes_are_the_code():
         for code, name, width in re.findall(r"(\d+) \| ([A-Z0-9_]+) \| (\d)", section)
     }
     assert stated == {(d.code, d.name, d.itemsize) for d in DTYPES}
-    for number, codecs in (("5", MaskCodec), ("6", ValueCodec)):
+    for number, codes in (("5", MaskCodec), ("6", ValueCodec)):
         section = SPEC.split(f"## {number}. ")[1].split("\n## ")[0]
         rows = re.findall(r"^\| (\d+) \| (\w+) \|", section, re.M)
-        assert [(int(c), n) for c, n in rows] == [(c.value, c.name.lower()) for c in codecs]
+        assert [(int(c), n) for c, n in rows] == [(c.value, c.name.lower()) for c in codes]
 
 
 def test_spec_rules_are_those_raised():
@@ -87,8 +89,41 @@ def test_spec_rules_are_those_raised():
     assert set(listed) == raised
 
 
+def test_spec_limits_are_the_code():
+    section = SPEC.split("## 12. ")[1]
+    rows = re.findall(
+        r"^\| ([a-z][a-z_0-9, ]+) \| ([^|]+) \| ([A-Z-]+(?:, [A-Z-]+)?) \|", section, re.M
+    )
+    stated = {}
+    for name, value, _ in rows:
+        numbers = re.findall(r"(\d+)(?:\^(\d+))?", value)
+        stated[name] = [int(number) ** int(power or 1) for number, power in numbers]
+    assert stated == {
+        "records of the base, of the tensors": [layout.MAX_RECORDS],
+        "files": [layout.MAX_FILES],
+        "bytes of a file": [layout.MAX_FILE_BYTES],
+        "bytes of a name": [layout.MAX_NAME_BYTES],
+        "rank": [layout.MAX_RANK],
+        "elements of a tensor": [layout.MAX_NUMEL],
+        "chunk_log2": [layout.MIN_CHUNK_LOG2, layout.MAX_CHUNK_LOG2],
+        "bytes of the index": [layout.MAX_INDEX_BYTES],
+        "expansion of the index": [layout.MAX_INDEX_RATIO, layout.INDEX_RATIO_SLACK],
+        "expansion of a stream": [layout.MAX_ZSTD_RATIO],
+        "expansion of all streams": [layout.MAX_EXPANSION, layout.EXPANSION_SLACK],
+        "bytes of metadata": [layout.MAX_METADATA_BYTES],
+        "window of a zstd frame": [codecs.MAX_ZSTD_WINDOW],
+    }
+    rules = set(re.findall(r"^\| ([A-Z]-[A-Z0-9]+) \|", SPEC.split("## 8. ")[1], re.M))
+    assert {rule for *_, named in rows for rule in named.split(", ")} <= rules
+
+
+def test_readme_counts_the_vectors():
+    expected = json.loads((ROOT / "format_spec" / "vectors" / "expected.json").read_text())
+    assert f"{sum(map(len, expected.values()))} vectors" in README
+
+
 def test_spec_dump_is_the_smallest_file():
-    section = SPEC.split("## 11. ")[1]
+    section = SPEC.split("## 11. ")[1].split("\n## ")[0]
     lines = re.findall(r"^[0-9a-f]{4}  ((?:[0-9a-f]{2} ?)+)", section, re.M)
     stream = io.BytesIO()
     NpsWriter(stream).finish([], {})

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import os
 import re
 import resource
@@ -17,6 +18,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -32,6 +34,7 @@ RESULTS = ROOT / "format_spec" / "fuzzing.csv"
 VECTORS = ROOT / "format_spec" / "vectors"
 TARGETS = ("reader", "masks", "zstd", "values")
 MAX_LENGTH = 4096
+ROUND = 100  # seconds; instrumented code grows by about a kilobyte an input, so start anew
 FIELDS = (
     *("date", "commit", "target", "cpu_seconds", "executions", "edges", "corpus"),
     *("slowest_seconds", "peak_rss_mb", "findings", "versions"),
@@ -80,19 +83,27 @@ def fuzz(target: str, seconds: int) -> dict[str, object]:
     findings = WORK / target / "findings"
     findings.mkdir(exist_ok=True)
     before = set(findings.iterdir())
-    options = (
-        *(str(folder), f"-max_total_time={seconds}", f"-max_len={MAX_LENGTH}", "-timeout=2"),
-        *("-rss_limit_mb=1024", "-print_final_stats=1", f"-artifact_prefix={findings}/"),
+    limits = (
+        *(f"-max_len={MAX_LENGTH}", "-timeout=2", "-rss_limit_mb=1024"),
+        f"-artifact_prefix={findings}/",
     )
     environment = os.environ | {"NUMBA_CACHE_DIR": str(WORK / "numba")}
     state = commit()
     log = WORK / target / "log.txt"
+    usage = 0.0
+    end = time.monotonic() + seconds
     with log.open("w") as stream:
-        child = subprocess.Popen(
-            command(target, *options), env=environment, stdout=stream, stderr=subprocess.STDOUT
-        )
-        _, _, usage = os.wait4(child.pid, 0)
-        child.returncode = 0
+        while (left := end - time.monotonic()) > 0 and set(findings.iterdir()) == before:
+            options = (str(folder), *limits, f"-max_total_time={math.ceil(min(left, ROUND))}")
+            child = subprocess.Popen(
+                command(target, *options, "-print_final_stats=1"),
+                env=environment,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+            )
+            _, _, used = os.wait4(child.pid, 0)
+            child.returncode = 0
+            usage += used.ru_utime + used.ru_stime
     text = log.read_text(errors="replace")
     merged = WORK / target / "merged"
     shutil.rmtree(merged, ignore_errors=True)
@@ -101,28 +112,26 @@ def fuzz(target: str, seconds: int) -> dict[str, object]:
     itself.write_text(f'#!/bin/sh\nexec {shlex.join(command(target))} "$@"\n')
     itself.chmod(0o755)
     subprocess.run(
-        command(target, "-merge=1", *options[1:], str(merged), str(folder)),
+        command(target, "-merge=1", *limits, str(merged), str(folder)),
         env=environment | {"FUZZ_SELF": str(itself)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    corpus = pack_corpus(target, merged)
 
-    def last(pattern: str) -> str:
-        found = re.findall(pattern, text)
-        return found[-1] if found else ""
+    def stated(pattern: str) -> list[int]:
+        return list(map(int, re.findall(pattern, text))) or [0]
 
     names = ("atheris", "numba", "numpy", "zstandard")
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "commit": state,
         "target": target,
-        "cpu_seconds": round(usage.ru_utime + usage.ru_stime),
-        "executions": last(r"number_of_executed_units: (\d+)") or last(r"#(\d+)\t"),
-        "edges": last(r"cov: (\d+)"),
-        "corpus": corpus,
-        "slowest_seconds": last(r"slowest_unit_time_sec: +(\d+)"),
-        "peak_rss_mb": last(r"peak_rss_mb: +(\d+)"),
+        "cpu_seconds": round(usage),
+        "executions": sum(stated(r"number_of_executed_units: (\d+)")),
+        "edges": max(stated(r"cov: (\d+)")),
+        "corpus": pack_corpus(target, merged),
+        "slowest_seconds": max(stated(r"slowest_unit_time_sec: +(\d+)")),
+        "peak_rss_mb": max(stated(r"peak_rss_mb: +(\d+)")),
         "findings": len(set(findings.iterdir()) - before),
         "versions": " ".join(f"{name} {version(name)}" for name in names),
     }
