@@ -158,6 +158,23 @@ def test_every_flipped_bit_is_refused(tmp_path):
             assert rule_of(tmp_path, bytes(damaged))
 
 
+def test_a_file_that_shrinks_while_it_is_open(tmp_path):
+    with open_bytes(tmp_path, GOOD) as reader:
+        (tmp_path / "x.nps").write_bytes(GOOD[:70])
+        with pytest.raises(FormatError) as caught:
+            read_all(reader)
+        assert caught.value.rule == "F-SIZE"
+
+
+def test_a_file_that_is_replaced_while_it_is_open(tmp_path):
+    with open_bytes(tmp_path, GOOD) as reader:
+        expected = read_all(reader)
+        other = tmp_path / "other"
+        other.write_bytes(b"x" * len(GOOD))
+        other.replace(tmp_path / "x.nps")
+        assert read_all(reader) == expected
+
+
 def test_appended_bytes_are_refused(tmp_path):
     assert rule_of(tmp_path, GOOD + b"\0") == "T-MAGIC"
     assert rule_of(tmp_path, GOOD + GOOD) == "T-SIZE"
