@@ -9,8 +9,11 @@ from tqdm import tqdm
 
 
 @contextlib.contextmanager
-def bar(total: int, what: str, unit: str, show: bool) -> Iterator[Callable[..., None]]:
-    """A bar on standard error. Yields ``advance(note="")``, which counts one step."""
+def bar(total: int | None, what: str, unit: str, show: bool) -> Iterator[Callable[..., None]]:
+    """A bar on standard error, a counter where the total is not known.
+
+    Yields ``advance(note="")``, which counts one step.
+    """
     disable = None if show else True  # None: tqdm shows it on a terminal only
     with tqdm(total=total, desc=what, unit=unit, disable=disable, leave=False) as progress:
 

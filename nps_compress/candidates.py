@@ -142,17 +142,24 @@ class LiveModel:
         self._parameters = {name: parameters[name] for name in pruner.names}
         self._loaded = {name: pruner.load(name) for name in pruner.names}
 
-    def apply(self, coefficients: Sequence[float]) -> None:
-        """Overwrite the weights with what would be stored at these coefficients."""
+    def apply(self, coefficients: Sequence[float] | None = None) -> None:
+        """Overwrite the weights with what would be stored. None: the recipe's coefficients."""
+        selection = self._pruner.selection(coefficients)
+        self._overwrite(
+            lambda name: self._pruner.prune(name, self._loaded[name], selection, coefficients)
+        )
+
+    def apply_base(self) -> None:
+        """Overwrite the weights with the base's: what the model is without its task vector."""
+        self._overwrite(lambda name: self._loaded[name][0])
+
+    def _overwrite(self, words_of: Callable[[str], Words]) -> None:
         from nps_compress import torch_words
 
-        selection = self._pruner.selection(coefficients)
-
         def run(name: str) -> None:
-            loaded = self._loaded[name]
-            words = self._pruner.prune(name, loaded, selection, coefficients)
             target = self._parameters[name]
-            target.copy_(torch_words.from_numpy(words, loaded[1], tuple(target.shape)))
+            dtype, shape = self._loaded[name][1], tuple(target.shape)
+            target.copy_(torch_words.from_numpy(words_of(name), dtype, shape))
 
         with ThreadPoolExecutor(workers()) as pool:
             list(pool.map(run, self._parameters))

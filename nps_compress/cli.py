@@ -17,6 +17,7 @@ from nps_compress.errors import NpsError, SearchInterruptedError
 if TYPE_CHECKING:
     from nps_compress.packing import PackReport
     from nps_compress.recipe import Recipe
+    from nps_compress.retain import Quality
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -93,10 +94,10 @@ def _recipe_options(function: F) -> F:
         ),
         click.option(
             "--fitness",
-            type=click.Choice(["kl", "loss", "accuracy"]),
-            default="kl",
-            show_default=True,
-            help="What the search maximises. kl: agreement with the fine-tune, needs no labels.",
+            type=click.Choice(["kl", "agreement", "loss", "accuracy"]),
+            help="What is measured on calibration data. kl (default) and agreement compare with "
+            "the fine-tune's own outputs and need no labels. With --retain, by default accuracy "
+            "where there are labels, loss for a causal LM, else agreement.",
         ),
         click.option(
             "--subspaces",
@@ -143,6 +144,12 @@ def _recipe_options(function: F) -> F:
     type=click.Path(path_type=Path),
     help='JSONL with {"text": ..., "label": ...} a line; turns the search on.',
 )
+@click.option(
+    "--retain",
+    type=float,
+    help="Find the least density that keeps this share of the fine-tune's quality (0.99) on the "
+    "calibration data; prunes by --prune sampled unless told otherwise.",
+)
 @_recipe_options
 @click.option(
     "--recipe",
@@ -160,6 +167,7 @@ def pack(
     finetuned: str,
     output: Path,
     calibration: Path | None,
+    retain: float | None,
     recipe_path: Path | None,
     lossless: bool,
     force: bool,
@@ -173,18 +181,26 @@ def pack(
       nps-compress pack base/ law/ -o law.nps
       nps-compress pack base/ law/ -o law.nps --prune sampled --density 0.01
       nps-compress pack base/ law/ -o law.nps --calibration law.jsonl
+      nps-compress pack base/ law/ -o law.nps --calibration law.jsonl --retain 0.99
     """
     from nps_compress.packing import pack as run
     from nps_compress.recipe import Recipe
 
-    _refuse_together(ctx, "--lossless", lossless, {*options, "calibration", "recipe_path"})
-    _refuse_together(ctx, "--recipe", recipe_path, {*options, "calibration"})
+    searched = {"subspaces", "cuts", "generations", "population"}
+    others = {"calibration", "recipe_path", "retain"}
+    _refuse_together(ctx, "--lossless", lossless, {*options, *others})
+    _refuse_together(ctx, "--recipe", recipe_path, {*options, "calibration", "retain"})
+    _refuse_together(ctx, "--retain", retain is not None, {"density", *searched})
     if calibration is None:
-        for option in _given(ctx, {"fitness", "subspaces", "cuts", "generations", "population"}):
+        for option in _given(ctx, {"fitness", "retain", *searched}):
             raise click.UsageError(f"{option} needs --calibration")
     recipe = None
     if recipe_path:
         recipe = Recipe.read(recipe_path)
+    elif retain is not None:
+        if not _given(ctx, {"prune"}):
+            options["prune"] = "sampled"
+        recipe = _recipe(options, searched=False)
     elif not lossless:
         recipe = _recipe(options, searched=calibration is not None)
     report = run(
@@ -193,6 +209,7 @@ def pack(
         output,
         recipe=recipe,
         lossless=lossless,
+        retain=retain,
         calibration=calibration,
         fitness=options["fitness"],
         generations=options["generations"],
@@ -205,6 +222,8 @@ def pack(
         return
     if calibration is None and recipe_path is None and not lossless:
         click.echo("no calibration data: nothing was searched, all coefficients are 1")
+    elif report.quality:
+        _print_quality(report.quality)
     elif calibration is not None and report.recipe:
         _print_search(report.recipe)
 
@@ -248,7 +267,7 @@ def search(
         calibration,
         output,
         _recipe(options, searched=True),
-        fitness=options["fitness"],
+        fitness=options["fitness"] or "kl",
         generations=options["generations"],
         population=options["population"],
         force=force,
@@ -499,6 +518,21 @@ def _print_search(recipe: Recipe) -> None:
         f"coefficients 1 {found['start']:.5g}, found {found['best']:.5g} "
         f"in {found['evaluations']} evaluations"
     )
+
+
+def _print_quality(quality: Quality) -> None:
+    click.echo(
+        f"{quality.metric} on {quality.examples} calibration examples: base {quality.base:.5g}, "
+        f"fine-tune {quality.finetuned:.5g}, packed {quality.packed:.5g}: {quality.retained:.2%} "
+        f"kept at density {quality.density:.3g}, found in {len(quality.trials)} trials; on other "
+        f"data of this kind expect {quality.low:.2%} to {quality.high:.2%}"
+    )
+    if quality.examples_needed > quality.examples:
+        click.echo(
+            f"warning: {quality.examples} examples are too few to promise {quality.target:.2%}; "
+            f"about {quality.examples_needed} would be enough",
+            err=True,
+        )
 
 
 def _print_json(value: object) -> None:

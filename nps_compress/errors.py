@@ -8,6 +8,7 @@
     │   └── PickleRefusedError    only pickled weights were found
     ├── CalibrationError          calibration data can't be used
     ├── RecipeError               a recipe or a saved search can't be used
+    ├── RetainError               no density keeps the share of quality that was asked for
     ├── FormatError               a .nps file breaks a rule of format_spec/SPEC.md
     ├── BaseMismatchError         the base is not the one the task was packed against
     ├── OutputExistsError         the output is there already
@@ -68,6 +69,10 @@ class RecipeError(NpsError):
     def __init__(self, path: Path | str, reason: str) -> None:
         self.path, self.reason = path, reason
         super().__init__(f"{path}: {reason}")
+
+
+class RetainError(NpsError):
+    """No density keeps the share of the fine-tune's quality that was asked for."""
 
 
 class FormatError(NpsError):

@@ -1,8 +1,9 @@
 """What a search maximises: how well a model does on calibration data.
 
-``kl``        agreement: minus the mean KL divergence from the fine-tune's own outputs (no labels)
-``loss``      minus the mean cross-entropy of the labels (classifiers) or next tokens (causal LMs)
-``accuracy``  share of labels predicted (classifiers)
+``kl``         minus the mean KL divergence from the fine-tune's own outputs (no labels)
+``agreement``  share of classes or next tokens predicted as the fine-tune does (no labels)
+``loss``       minus the mean cross-entropy of the labels (classifiers) or next tokens (causal LMs)
+``accuracy``   share of labels predicted (classifiers)
 
 Calibration data is JSONL: ``{"text": "...", "label": 3}`` a line; the label, a class index or a
 name from the model's config, is only read by ``loss`` and ``accuracy`` of classifiers.
@@ -19,12 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch.nn import functional
 
 from nps_compress.errors import CalibrationError, CheckpointError, InvalidArgumentError
 
-FitnessName = Literal["kl", "loss", "accuracy"]
+FitnessName = Literal["kl", "agreement", "loss", "accuracy"]
 FITNESSES: tuple[FitnessName, ...] = get_args(FitnessName)
 MAX_TOKENS = 512
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -85,6 +88,20 @@ def device() -> torch.device:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """A fitness by example. sums: [n] float64 over what it predicts; counts: [n] int64 of that
+    (1 for a classifier, its next tokens for a text)."""
+
+    sums: npt.NDArray[np.float64]
+    counts: npt.NDArray[np.int64]
+
+    @property
+    def score(self) -> float:
+        """The mean over all that is predicted."""
+        return float(self.sums.sum() / self.counts.sum())
+
+
+@dataclass(frozen=True)
 class _Batch:
     """inputs: what the model takes, [batch, tokens] each; labels: [batch] int64 or None."""
 
@@ -117,31 +134,45 @@ class Fitness:
         self.source = source
         self.model, tokenizer, self.is_classifier = load_model(finetuned)
         if name == "accuracy" and not self.is_classifier:
-            raise InvalidArgumentError("fitness", name, "loss or kl for a causal LM")
+            raise InvalidArgumentError("fitness", name, "kl, agreement or loss for a causal LM")
         self.model.to(device())
         self._batches = self._batch(rows, tokenizer, batch_size)
-        self._reference = (
-            [self._log_probabilities(b) for b in self._batches] if name == "kl" else []
-        )
+        self._reference: list[torch.Tensor] = []  # what the fine-tune says, a batch each
+        for batch in self._batches if name in ("kl", "agreement") else ():
+            said = self._log_probabilities(batch)
+            self._reference.append(said if name == "kl" else said.argmax(-1))
 
-    @torch.inference_mode()
     def score(self) -> float:
         """How good the model is with its present weights; higher is better."""
-        total, count = 0.0, 0
+        return self.measure().score
+
+    @torch.inference_mode()
+    def measure(self) -> Measured:
+        """The score of each example; their order is the same from call to call."""
+        sums, counts = [], []
         for index, batch in enumerate(self._batches):
             found = self._log_probabilities(batch)  # [n, classes]
             if self.name == "kl":
                 wanted = self._reference[index]
-                value = functional.kl_div(found, wanted, reduction="sum", log_target=True)
-                total -= float(value)
+                kl = functional.kl_div(found, wanted, reduction="none", log_target=True)
+                values = -kl.sum(-1)
             elif self.name == "loss":
-                total -= float(functional.nll_loss(found, self._targets(batch), reduction="sum"))
+                values = -functional.nll_loss(found, self._targets(batch), reduction="none")
             else:
-                total += float((found.argmax(-1) == self._targets(batch)).sum())
-            count += len(found)
-        if not count:
+                wanted = self._reference[index] if self._reference else self._targets(batch)
+                values = (found.argmax(-1) == wanted).float()
+            if self.is_classifier:
+                size = torch.ones(len(values), dtype=torch.int64)
+            else:
+                size = _next_is_text(batch).sum(1).cpu()
+            example = torch.repeat_interleave(torch.arange(len(size)), size)
+            total = torch.zeros(len(size), dtype=torch.float64)
+            sums.append(total.index_add(0, example, values.double().cpu()).numpy())
+            counts.append(size.numpy())
+        measured = Measured(np.concatenate(sums), np.concatenate(counts))
+        if not measured.counts.sum():
             raise CalibrationError(self.source, "holds no text of two tokens or more")
-        return total / count
+        return measured
 
     @torch.inference_mode()
     def _log_probabilities(self, batch: _Batch) -> torch.Tensor:
@@ -164,7 +195,7 @@ class Fitness:
             if not ids:
                 raise CalibrationError(self.source, f"example {number} has no tokens")
         labels = None
-        if self.is_classifier and self.name != "kl":
+        if self.is_classifier and self.name in ("loss", "accuracy"):
             labels = [self._label(row, number) for number, row in enumerate(rows, 1)]
         # Alike lengths share a batch, so that little is spent on padding.
         order = sorted(range(len(rows)), key=lambda i: len(tokens["input_ids"][i]))
@@ -204,21 +235,14 @@ def load_model(folder: Path) -> tuple[Any, Any, bool]:
         CheckpointError: the folder holds no sequence classifier or causal LM with a tokenizer.
     """
     from transformers import (
-        AutoConfig,
         AutoModelForCausalLM,
         AutoModelForSequenceClassification,
         AutoTokenizer,
     )
 
+    is_classifier = classifies(folder)
+    auto = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
     try:
-        config = AutoConfig.from_pretrained(folder)
-        architecture = (config.architectures or ["unknown"])[0]
-        is_classifier = architecture.endswith("ForSequenceClassification")
-        if not is_classifier and not architecture.endswith(("ForCausalLM", "LMHeadModel")):
-            raise CheckpointError(
-                folder, f"is a {architecture}; a fitness needs a sequence classifier or a causal LM"
-            )
-        auto = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
         if not any((folder / name).exists() for name in TOKENIZER_FILES):
             raise CheckpointError(folder, "holds no tokenizer")  # transformers would invent one
         with quiet_transformers():
@@ -234,6 +258,34 @@ def load_model(folder: Path) -> tuple[Any, Any, bool]:
     tokenizer.padding_side = "right"  # positions then count from the first token of the text
     model.config.pad_token_id = tokenizer.pad_token_id
     return model.eval(), tokenizer, is_classifier
+
+
+def classifies(folder: Path) -> bool:
+    """Whether the model in a folder is a sequence classifier; else it is a causal LM.
+
+    Raises:
+        CheckpointError: it is neither.
+    """
+    from transformers import AutoConfig
+
+    try:
+        architecture = (AutoConfig.from_pretrained(folder).architectures or ["unknown"])[0]
+    except Exception as error:  # as for load_model
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(folder, f"can't be loaded by transformers ({reason})") from error
+    is_classifier = architecture.endswith("ForSequenceClassification")
+    if not is_classifier and not architecture.endswith(("ForCausalLM", "LMHeadModel")):
+        raise CheckpointError(
+            folder, f"is a {architecture}; a fitness needs a sequence classifier or a causal LM"
+        )
+    return bool(is_classifier)
+
+
+def natural_metric(folder: Path, rows: Sequence[Row]) -> FitnessName:
+    """What people judge such a model by: accuracy with labels, loss for a causal LM."""
+    if not classifies(folder):
+        return "loss"
+    return "agreement" if any(row.label is None for row in rows) else "accuracy"
 
 
 @contextlib.contextmanager

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,7 +26,10 @@ from nps_compress.format.writer import NpsWriter, check_name
 from nps_compress.prune import Selection
 from nps_compress.recipe import Recipe
 from nps_compress.reconstruct import BASE_NAME_KEY, FINETUNED_NAME_KEY
-from nps_compress.searching import SearchJob, counted, input_files, memory_budget
+from nps_compress.searching import RetainJob, SearchJob, counted, input_files, memory_budget
+
+if TYPE_CHECKING:
+    from nps_compress.retain import Quality
 
 # Side files up to this size are stored even where the base has the same: a config is often
 # rewritten when a base is saved again, a vocabulary hardly ever.
@@ -36,7 +40,10 @@ _NEW_CHUNK_LOG2 = 20
 
 @dataclass(frozen=True)
 class PackReport:
-    """What was packed. ``density`` counts kept elements among all of the fine-tune's."""
+    """What was packed. ``density`` counts kept elements among all of the fine-tune's.
+
+    ``quality``: what was kept, where a share of it was asked for.
+    """
 
     path: Path
     file_bytes: int
@@ -45,6 +52,7 @@ class PackReport:
     finetuned_bytes: int
     base_root: str
     recipe: Recipe | None
+    quality: Quality | None = None
 
     @property
     def density(self) -> float:
@@ -69,8 +77,9 @@ def pack(
     *,
     recipe: Recipe | None = None,
     lossless: bool = False,
+    retain: float | None = None,
     calibration: str | Path | None = None,
-    fitness: str = "kl",
+    fitness: str | None = None,
     generations: int = 30,
     population: int | None = None,
     force: bool = False,
@@ -80,22 +89,29 @@ def pack(
 
     base, finetuned: folder, ``.safetensors`` file, or Hub id in the local cache. ``recipe`` says
     what is kept (default: the largest 5 % of magnitudes); with ``calibration`` its coefficients
-    are searched first; ``lossless`` keeps every changed bit instead. Tensors that only the
-    fine-tune has, or whose shape or kind rules pruning out, are kept exactly.
+    are searched first (``fitness``: kl). ``retain`` asks for a share of the fine-tune's quality
+    instead of a density (``fitness``: accuracy where there are labels, loss for a causal LM, else
+    agreement), ``lossless`` keeps every changed bit. Tensors that only the fine-tune has, or whose
+    shape or kind rules pruning out, are kept exactly.
 
     Raises:
         OutputExistsError, CheckpointError, CalibrationError, InvalidArgumentError, RecipeError,
-        SearchInterruptedError, WriteError.
+        RetainError, SearchInterruptedError, WriteError.
     """
     out = Path(out)
     refuse_existing(out, force)
-    if lossless and (recipe is not None or calibration is not None):
-        raise InvalidArgumentError("lossless", True, "used without recipe and calibration")
-    search = None
-    if calibration is not None:
-        search = SearchJob(Path(calibration), fitness, generations, population, out)
-    if recipe is None:
-        recipe = Recipe() if search is None else Recipe.with_subspaces(8, "tail")
+    if lossless and (recipe is not None or calibration is not None or retain is not None):
+        raise InvalidArgumentError("lossless", True, "used without recipe, calibration and retain")
+    search, asked = None, None
+    if retain is not None:
+        if calibration is None:
+            raise InvalidArgumentError("retain", retain, "used with calibration data")
+        asked = RetainJob(Path(calibration), fitness, retain)
+        recipe = recipe or Recipe(prune="sampled")
+    elif calibration is not None:
+        search = SearchJob(Path(calibration), fitness or "kl", generations, population, out)
+        recipe = recipe or Recipe.with_subspaces(8, "tail")
+    recipe = recipe or Recipe()
     pair_ = pair(open_checkpoint(base), open_checkpoint(finetuned))
     refuse_input_as_output(out, input_files(pair_, calibration))
     for name in (*pair_.base.tensors, *pair_.finetuned.tensors):
@@ -103,10 +119,14 @@ def pack(
     pruner = None if lossless else counted(pair_, recipe, progress)
     if pruner and search:
         pruner.recipe = search.run(pruner, progress)
-    report = write(pair_, pruner, out, {}, force, progress)
+    quality = None
+    metadata: dict[str, str] = {}
+    if pruner and asked:
+        quality, metadata = asked.run(pruner, progress)
+    report = write(pair_, pruner, out, metadata, force, progress)
     if search:
         search.state.unlink(missing_ok=True)
-    return report
+    return replace(report, quality=quality)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nps_compress._progress import bar
 from nps_compress._threads import MEMORY_SLACK
@@ -12,6 +13,9 @@ from nps_compress.candidates import Pruner, find_coefficients
 from nps_compress.checkpoint import Pair, open_checkpoint, pair
 from nps_compress.recipe import Recipe
 from nps_compress.search import Progress, check_search_options, population_size
+
+if TYPE_CHECKING:
+    from nps_compress.retain import Quality
 
 
 def search_recipe(
@@ -52,6 +56,36 @@ def counted(pair_: Pair, recipe: Recipe, progress: bool) -> Pruner:
     with bar(len(pair_.base_of), "reading", "tensor", progress) as advance:
         pruner.count(memory_budget(pair_), advance)
     return pruner
+
+
+class RetainJob:
+    """A share of quality that is asked for: its data is read before anything slow begins."""
+
+    def __init__(self, calibration: Path, metric: str | None, share: float) -> None:
+        from nps_compress.fitness import read_jsonl
+        from nps_compress.retain import METRICS, check_retain
+
+        check_retain(share, metric or METRICS[0])
+        self.rows = read_jsonl(calibration)
+        self.calibration, self.metric, self.share = calibration, metric, share
+
+    def run(self, pruner: Pruner, progress: bool) -> tuple[Quality, dict[str, str]]:
+        """Set the pruner's density; returns what it keeps, and the same as metadata."""
+        from nps_compress.fitness import Fitness, data_digest, natural_metric
+        from nps_compress.retain import find_density
+
+        folder = pruner.pair.finetuned.path
+        metric = self.metric or natural_metric(folder, self.rows)
+        fitness = Fitness(folder, self.rows, metric, source=self.calibration)
+        with bar(None, "trying densities", "trial", progress) as advance:
+            quality = find_density(
+                pruner,
+                fitness,
+                self.share,
+                lambda trial: advance(f"density {trial.density:.3g} keeps {trial.retained:.2%}"),
+            )
+        digest = {"quality_data_sha256": data_digest(self.rows)}
+        return quality, quality.to_metadata() | digest
 
 
 class SearchJob:

@@ -1,0 +1,264 @@
+"""The least density that keeps a share of quality: the search for it, its report, its errors."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+import nps_compress
+from nps_compress import InvalidArgumentError, Recipe, RetainError
+from nps_compress import retain as retain_module
+from nps_compress.cli import main
+from nps_compress.fitness import Fitness, Measured, load_model, natural_metric, read_jsonl
+
+
+@dataclass
+class FakeLive:
+    """Stands for a model in memory: what it keeps is a function of the density alone."""
+
+    pruner: FakePruner
+    _: object
+
+    def apply(self) -> None:
+        self.pruner.at = self.pruner.recipe.density
+
+    def apply_base(self) -> None:
+        self.pruner.at = 0.0
+
+
+@dataclass
+class FakePruner:
+    curve: Callable[[float], float]
+    recipe: Recipe = field(default_factory=lambda: Recipe(prune="sampled"))
+    at: float = 1.0
+
+
+class FakeFitness:
+    """Half of 1,000 examples are right at density 1, none at 0, in between as the curve says."""
+
+    name, model = "accuracy", None
+
+    def __init__(self, pruner: FakePruner) -> None:
+        self.pruner = pruner
+
+    def measure(self) -> Measured:
+        at, right = self.pruner.at, 500
+        if at == 0:
+            right = 0
+        elif at < 1:
+            right = round(500 * self.pruner.curve(at))
+        values = np.zeros(1000)
+        values[:right] = 1
+        return Measured(values, np.ones(1000, np.int64))
+
+
+@pytest.fixture
+def find(monkeypatch):
+    monkeypatch.setattr(retain_module, "LiveModel", FakeLive)
+
+    def run(curve, share=0.99):
+        pruner = FakePruner(curve)
+        quality = retain_module.find_density(pruner, FakeFitness(pruner), share)
+        assert pruner.recipe.density == quality.density
+        return quality
+
+    return run
+
+
+class TestSearch:
+    """Against curves whose answer is known."""
+
+    @pytest.mark.parametrize("edge", [0.4, 0.1, 0.0123, 0.0005])
+    def test_finds_the_edge_of_a_step(self, find, edge):
+        quality = find(lambda d: 1.0 if d >= edge else 0.5)
+        # Three factors of sqrt(2), the last one halved twice: at most a fourth root of it off.
+        assert edge <= quality.density <= edge * retain_module.STEP ** (1 / 4) * 1.0001
+        assert quality.retained == 1
+        assert len(quality.trials) < 30
+
+    def test_a_dip_does_not_stop_it(self, find):
+        steps = [0.5 / retain_module.STEP**k for k in range(12)]
+        quality = find(lambda d: 0.9 if d == steps[3] or d < steps[8] * 0.999 else 1.0)
+        assert quality.density <= steps[8] * 1.0001
+
+    def test_a_lucky_draw_far_down_is_not_believed(self, find):
+        steps = [0.5 / retain_module.STEP**k for k in range(12)]
+        quality = find(lambda d: 1.0 if d >= 0.05 or d == steps[11] else 0.8)
+        assert 0.05 <= quality.density < 0.06
+
+    def test_what_cannot_be_kept(self, find):
+        with pytest.raises(RetainError, match=r"density 0.5 keeps 90.00% .* not 99.00%"):
+            find(lambda d: 0.9)
+
+    def test_a_model_that_needs_nothing(self, find):
+        quality = find(lambda d: 1.0)
+        assert quality.density < 2e-5
+
+    def test_a_broken_candidate_is_a_failure(self, find):
+        quality = find(lambda d: 1.0 if d >= 0.1 else 0.0)
+        assert quality.density >= 0.1
+
+
+def test_interval_agrees_with_theory():
+    """A packed model right on a random 95 % of what the fine-tune has right."""
+    rng = np.random.default_rng(1)
+    size = 4000
+    ones = np.ones(size, np.int64)
+    finetuned = Measured(np.ones(size), ones)
+    found = Measured((rng.random(size) < 0.95).astype(float), ones)
+    low, high = retain_module._interval(
+        "accuracy", Measured(np.zeros(size), ones), finetuned, found
+    )
+    half = 1.96 * math.sqrt(0.95 * 0.05 / size)
+    assert low == pytest.approx(found.score - half, abs=0.15 * half)
+    assert high == pytest.approx(found.score + half, abs=0.15 * half)
+
+
+def test_loss_counts_the_gain_over_the_base():
+    one = np.ones(1, np.int64)
+    base, tuned, found = (Measured(np.array([x]), one) for x in (-4.0, -2.0, -2.5))
+    assert retain_module._retained("loss", base, tuned, found) == pytest.approx(0.75)
+    assert retain_module._retained("accuracy", base, tuned, found) == pytest.approx(1.25)
+
+
+@pytest.mark.parametrize("name", ["kl", "agreement", "accuracy", "loss"])
+def test_measures_by_example_add_up(classifier_pair, name):
+    _, tuned, calibration = classifier_pair
+    fitness = Fitness(tuned, read_jsonl(calibration), name, batch_size=5)
+    found = fitness.measure()
+    assert found.counts.tolist() == [1] * 24
+    assert found.score == fitness.score()
+    if name == "agreement":
+        assert found.score == 1
+        with torch.no_grad():
+            fitness.model.classifier.weight[:] = 0
+            fitness.model.classifier.bias[:] = torch.tensor([1.0, 0.0, 0.0])
+        assert fitness.score() < 1
+
+
+def test_measures_of_texts_count_their_tokens(causal_pair):
+    _, tuned, calibration = causal_pair
+    rows = read_jsonl(calibration)
+    fitness = Fitness(tuned, rows, "loss", batch_size=5)
+    found = fitness.measure()
+    model, tokenizer, _ = load_model(tuned)
+    expected = {}
+    for row in rows:
+        inputs = tokenizer(row.text, return_tensors="pt")
+        with torch.inference_mode():
+            loss = float(model(**inputs, labels=inputs["input_ids"]).loss)
+        tokens = inputs["input_ids"].shape[1] - 1
+        expected[round(-loss * tokens, 2)] = tokens
+    measured = dict(zip(found.sums.round(2).tolist(), found.counts.tolist(), strict=True))
+    assert measured == pytest.approx(expected)
+    assert Fitness(tuned, rows, "agreement").score() == 1
+
+
+class TestPack:
+    """On tiny real models."""
+
+    def test_what_is_promised_is_what_is_stored(self, classifier_pair, tmp_path):
+        base, tuned, calibration = classifier_pair
+        out = tmp_path / "t.nps"
+        report = nps_compress.pack(
+            base, tuned, out, retain=0.9, calibration=calibration, fitness="agreement"
+        )
+        quality = report.quality
+        assert quality is not None
+        assert quality.retained >= 0.9
+        assert quality.low <= quality.retained <= quality.high
+        assert quality.finetuned == 1
+        assert min(t.density for t in quality.trials if t.retained >= 0.9) == quality.density
+        # The unpacked model has the score that the report states.
+        nps_compress.unpack(base, out, tmp_path / "out")
+        fitness = Fitness(tuned, read_jsonl(calibration), "agreement")
+        packed, _, _ = load_model(tmp_path / "out")
+        fitness.model.load_state_dict(packed.state_dict())
+        assert fitness.score() == pytest.approx(quality.packed)
+        stored = nps_compress.inspect(out)["metadata"]
+        assert stored["quality_metric"] == "agreement"
+        assert float(stored["quality_retained"]) == pytest.approx(quality.retained, abs=1e-5)
+        assert json.loads(stored["quality_trials"])[0][0] == 0.5
+        assert len(stored["quality_data_sha256"]) == 64
+        assert json.loads(stored["recipe"])["density"] == quality.density
+        nps_compress.verify(base, out)
+
+    def test_a_causal_model_is_judged_by_its_loss(self, causal_pair, tmp_path):
+        base, tuned, calibration = causal_pair
+        assert natural_metric(tuned, read_jsonl(calibration)) == "loss"
+        report = nps_compress.pack(  # not by loss: the tiny fine-tune is random, and no better
+            base, tuned, tmp_path / "t", retain=0.5, calibration=calibration, fitness="agreement"
+        )
+        assert report.quality
+        assert report.quality.finetuned == 1
+
+    def test_metrics_that_suit_the_model(self, classifier_pair, tmp_path):
+        base, tuned, calibration = classifier_pair
+        model, tokenizer, _ = load_model(tuned)
+        texts = [{"text": row.text} for row in read_jsonl(calibration)]
+        labelled, bare = tmp_path / "labelled.jsonl", tmp_path / "bare.jsonl"
+        bare.write_text("\n".join(map(json.dumps, texts)))
+        for row in texts:  # what it says is right: the tiny fine-tune knows nothing of the labels
+            row["label"] = int(model(**tokenizer(row["text"], return_tensors="pt")).logits.argmax())
+        labelled.write_text("\n".join(map(json.dumps, texts)))
+        report = nps_compress.pack(base, tuned, tmp_path / "a", retain=0.5, calibration=labelled)
+        assert report.quality
+        assert report.quality.metric == "accuracy"
+        assert report.quality.finetuned == 1
+        report = nps_compress.pack(base, tuned, tmp_path / "b", retain=0.5, calibration=bare)
+        assert report.quality
+        assert report.quality.metric == "agreement"
+
+    def test_nothing_to_keep(self, causal_pair, tmp_path):
+        base, _, calibration = causal_pair
+        with pytest.raises(RetainError, match="no better than its base"):
+            nps_compress.pack(base, base, tmp_path / "t", retain=0.9, calibration=calibration)
+        assert not (tmp_path / "t").exists()
+
+    def test_arguments(self, tiny, classifier_pair, tmp_path):
+        base, tuned, calibration = classifier_pair
+        for share in (0, 1.5, -1, math.nan, True):
+            with pytest.raises(InvalidArgumentError, match=r"retain must be in \(0, 1\]"):
+                nps_compress.pack(
+                    base, tuned, tmp_path / "t", retain=share, calibration=calibration
+                )
+        with pytest.raises(InvalidArgumentError, match="fitness must be one of agreement"):
+            nps_compress.pack(
+                base, tuned, tmp_path / "t", retain=0.9, calibration=calibration, fitness="kl"
+            )
+        with pytest.raises(InvalidArgumentError, match="with calibration data"):
+            nps_compress.pack(*tiny, tmp_path / "t", retain=0.9)
+
+    def test_command_line(self, classifier_pair, tmp_path):
+        base, tuned, calibration = classifier_pair
+        call = ["pack", base, tuned, "-o", tmp_path / "t.nps", "--retain", "0.9"]
+
+        def run(*more):
+            return CliRunner().invoke(main, [str(a) for a in (*call, *more)])
+
+        done = run("--calibration", calibration, "--fitness", "agreement")
+        assert done.exit_code == 0, done.output
+        assert "kept at density" in done.stdout
+        assert "on other data of this kind expect" in done.stdout
+        assert "are too few to promise 90.00%" in done.stderr
+        done = run("--calibration", calibration, "--fitness", "agreement", "--force", "--json")
+        assert json.loads(done.stdout)["quality"]["metric"] == "agreement"
+        for option in (
+            ("--density", 0.1),
+            ("--subspaces", 3),
+            ("--recipe", "r.json"),
+            ("--lossless",),
+        ):
+            done = run("--calibration", calibration, *option)
+            assert done.exit_code == 2
+            assert "can't be used with" in done.stderr
+        done = run()
+        assert done.exit_code == 2
+        assert "--retain needs --calibration" in done.stderr
