@@ -11,6 +11,7 @@ import importlib
 import os
 import resource
 import sys
+import time
 from pathlib import Path
 
 TARGET = sys.argv.pop(1)
@@ -29,9 +30,23 @@ with atheris.instrument_imports(include=["nps_compress", "minimal_reader", "targ
 
     import targets
 
+MAX_SECONDS = (
+    2.0  # of this process's own time: the fuzzer's clock runs on where the machine is busy
+)
+
+
+def timed(data: bytes) -> None:
+    """The target; an input that takes too long is a finding."""
+    start = time.process_time()
+    targets.TARGETS[TARGET](data)
+    used = time.process_time() - start
+    if used > MAX_SECONDS:
+        raise TimeoutError(f"{used:.1f} s")
+
+
 if __name__ == "__main__":
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
     np.seterr(over="ignore")  # words wrap around; compiled code does so without a warning
     sys.argv[0] = os.environ.get("FUZZ_SELF", sys.argv[0])  # merging starts it anew by this name
-    atheris.Setup(sys.argv, targets.TARGETS[TARGET])
+    atheris.Setup(sys.argv, timed)
     atheris.Fuzz()

@@ -84,7 +84,7 @@ def fuzz(target: str, seconds: int) -> dict[str, object]:
     findings.mkdir(exist_ok=True)
     before = set(findings.iterdir())
     limits = (
-        *(f"-max_len={MAX_LENGTH}", "-timeout=2", "-rss_limit_mb=1024"),
+        *(f"-max_len={MAX_LENGTH}", "-timeout=60", "-rss_limit_mb=1024"),
         f"-artifact_prefix={findings}/",
     )
     environment = os.environ | {"NUMBA_CACHE_DIR": str(WORK / "numba")}
