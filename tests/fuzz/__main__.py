@@ -30,9 +30,8 @@ with atheris.instrument_imports(include=["nps_compress", "minimal_reader", "targ
 
     import targets
 
-MAX_SECONDS = (
-    2.0  # of this process's own time: the fuzzer's clock runs on where the machine is busy
-)
+# Of this process's own time: the fuzzer's clock runs on where the machine is busy.
+MAX_SECONDS = 2.0
 
 
 def timed(data: bytes) -> None:
