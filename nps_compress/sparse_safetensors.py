@@ -12,6 +12,7 @@ in the file's metadata under the key ``nps``, which other readers ignore.
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -39,11 +40,12 @@ from nps_compress.format.layout import Op
 from nps_compress.format.records import TensorEntry
 from nps_compress.packing import PackReport, write
 from nps_compress.reconstruct import FINETUNED_NAME_KEY, Task
-from nps_compress.unpacking import check_layout, open_task, rebuilt, side_files_of
+from nps_compress.unpacking import check_layout, open_task, rebuilt
 
 _INDICES, _VALUES = ".indices", ".values"
 _INT32, _INT64 = BY_NAME["I32"], BY_NAME["I64"]
 _KEY = "nps"
+_MAX_HEADER_BYTES = 100_000_000  # what safetensors' own reader takes
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,12 @@ def export_sparse(
         blocks = _blocks(task_, changed)
         header = encode_header(
             [(name, *blocks[name]) for name in blocks],
-            {"format": "pt", "sparse": "True", _KEY: _Beyond.of(task_, base_).to_json()},
+            {"format": "pt", "sparse": "True", _KEY: _Beyond.of(task_).to_json()},
         )
+        if len(header) > _MAX_HEADER_BYTES:
+            raise InvalidArgumentError(
+                "header", f"{len(header):,} bytes", "at most 100 MB: too many or large side files"
+            )
         offsets, end = {}, len(header)
         for name, (dtype, shape) in blocks.items():
             offsets[name] = end
@@ -164,25 +170,28 @@ class _Beyond:
     """What the layout has no place for; kept as JSON in the file's metadata.
 
     renamed: tensors that come from a base tensor of another name, with that name. deleted: base
-    tensors that the fine-tune does not have under their own name.
+    tensors that the fine-tune does not have under their own name. base_files: side files that are
+    the base's, with their SHA-256.
     """
 
     base_root: str | None = None
     renamed: Mapping[str, str] = field(default_factory=dict)
     deleted: Sequence[str] = ()
     files: Mapping[str, bytes] = field(default_factory=dict)
+    base_files: Mapping[str, str] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, task: Task, base: Checkpoint) -> _Beyond:
-        """What a task says that its changes do not."""
+    def of(cls, task: Task) -> _Beyond:
+        """What a task says that its changes do not. Raises FormatError."""
         reader = task.reader
         base_of = {name: task.base_tensor_name(name) for name in task.names}
         return cls(
             reader.base_root.hex(),
             {name: other for name, other in base_of.items() if other not in (None, name)},
             [t.name for t in reader.base if base_of.get(t.name, "") not in (None, t.name)],
-            dict(side_files_of(task, base)),
+            {file.name: reader.read_file(file) for file in reader.files if file.op is Op.NEW},
+            {file.name: file.sha256.hex() for file in reader.files if file.op is Op.COPY},
             reader.metadata,
         )
 
@@ -197,7 +206,8 @@ class _Beyond:
             return cls()
         try:
             read = json.loads(text)
-            texts = {name: _texts(read[name].items()) for name in ("renamed", "files", "metadata")}
+            names = ("renamed", "files", "base_files", "metadata")
+            texts = {name: _texts(read[name].items()) for name in names}
             ((_, root),) = _texts([("", read["base_root"])]).items()
             files = {
                 name: base64.b64decode(data, validate=True)
@@ -205,7 +215,8 @@ class _Beyond:
                 if name in SIDE_FILES
             }
             deleted = list(_texts((name, "") for name in read["deleted"]))
-            return cls(root, texts["renamed"], deleted, files, texts["metadata"])
+            base_files = texts["base_files"]
+            return cls(root, texts["renamed"], deleted, files, base_files, texts["metadata"])
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             reason = f"metadata {_KEY!r} is not what export writes ({error!r})"
             raise CheckpointError(path, reason) from None
@@ -280,17 +291,27 @@ def _apply(base: Checkpoint, path: Path) -> tuple[Pair, _Beyond]:
                 f"{values.name!r} is {values.dtype.name} {list(values.shape)}, expected "
                 f"{expected[0].name} {list(expected[1])}",
             )
+    files = {**beyond.files, **_base_files(base, beyond.base_files)}
     finetuned = _Patched(
         path,
         beyond.metadata.get(FINETUNED_NAME_KEY, path.name),
         dict(sorted(tensors.items(), key=lambda item: item[0].encode())),
-        dict.fromkeys(beyond.files, path),
+        dict.fromkeys(files, path),
         base,
         base_of,
         patches,
-        beyond.files,
+        files,
     )
     return Pair(base, finetuned, base_of), beyond
+
+
+def _base_files(base: Checkpoint, wanted: Mapping[str, str]) -> dict[str, bytes]:
+    found = {}
+    for name in sorted(set(wanted) & set(SIDE_FILES)):
+        found[name] = base.read_side_file(name) if name in base.side_files else b""
+        if hashlib.sha256(found[name]).hexdigest() != wanted[name]:
+            raise CheckpointError(base.path, f"file {name!r} is not the one that was exported")
+    return found
 
 
 def _patches(

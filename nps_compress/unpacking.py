@@ -92,7 +92,7 @@ def unpack(
         check_layout(task_, base_, task_.reader.tensors)
         nbytes = sum(_nbytes(entry) for entry in task_.reader.tensors)
         refuse_too_large(out, nbytes, max_bytes)
-        side_files = dict(side_files_of(task_, base_))
+        side_files = dict(_side_files(task_, base_))
         shards = _shards(task_.reader.tensors, max_shard_bytes)
         with (
             atomic_directory(out, force, _is_ours) as folder,
@@ -146,7 +146,7 @@ def verify(
             for entry, _ in rebuilt(task_, base_, reader.tensors):
                 on_tensor(entry)
                 advance()
-        files = sum(1 for _ in side_files_of(task_, base_))
+        files = sum(1 for _ in _side_files(task_, base_))
         return _report(reader, len(reader.base), files, with_base=True)
 
 
@@ -244,7 +244,7 @@ def _mismatch(task: Task, base: Checkpoint, what: str, difference: str) -> BaseM
     return BaseMismatchError(base.path, what, difference, task.base_name)
 
 
-def side_files_of(task: Task, base: Checkpoint) -> Iterator[tuple[str, bytes]]:
+def _side_files(task: Task, base: Checkpoint) -> Iterator[tuple[str, bytes]]:
     """Side files of the fine-tune. Only names that this program knows are ever written."""
     for entry in task.reader.files:
         if entry.op is Op.NEW:

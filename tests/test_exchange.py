@@ -196,6 +196,7 @@ class TestForeignPatches:
             "renamed": {},
             "deleted": [],
             "files": {"../evil": "QQ==", "config.json": "QQ=="},
+            "base_files": {"../evil": "00"},
             "metadata": {},
         }
         patch = self.patch(
@@ -211,6 +212,31 @@ class TestForeignPatches:
     def packed(self, base: Path, tmp_path: Path) -> Path:
         nps_compress.pack(base, base, tmp_path / "same.nps", lossless=True)
         return tmp_path / "same.nps"
+
+
+def test_side_files_of_the_base_stay_there(tiny, tmp_path):
+    base, tuned = tiny  # vocab.json, 20,000 bytes, is the same on both sides
+    nps_compress.pack(base, tuned, tmp_path / "t.nps")
+    patch, again = tmp_path / "p.safetensors", tmp_path / "u.nps"
+    nps_compress.export_sparse(base, tmp_path / "t.nps", patch)
+    assert b"x" * 100 not in patch.read_bytes()
+    nps_compress.import_sparse(base, patch, again)
+    files = {file["name"]: file["from"] for file in nps_compress.inspect(again)["files"]}
+    assert files == {"config.json": "file", "vocab.json": "base"}
+    (base / "vocab.json").write_text("y")
+    with pytest.raises(CheckpointError, match=r"vocab.json' is not the one that was exported"):
+        nps_compress.import_sparse(base, patch, tmp_path / "v.nps")
+
+
+def test_a_header_that_safetensors_would_refuse(tiny, tmp_path, monkeypatch):
+    from nps_compress import sparse_safetensors
+
+    base, tuned = tiny
+    nps_compress.pack(base, tuned, tmp_path / "t.nps")
+    monkeypatch.setattr(sparse_safetensors, "_MAX_HEADER_BYTES", 1000)
+    with pytest.raises(InvalidArgumentError, match="at most 100 MB"):
+        nps_compress.export_sparse(base, tmp_path / "t.nps", tmp_path / "p.safetensors")
+    assert not list(tmp_path.glob("*p.safetensors*"))
 
 
 def test_import_against_another_base(tiny, tmp_path):
