@@ -41,12 +41,53 @@ def test_table_is_the_last_word():
     assert conformance.TABLE.read_text() == conformance.table(list(rows().values()))
 
 
-def test_a_reader_that_differs_would_show(monkeypatch):
-    monkeypatch.setattr(conformance, "by_minimal_reader", lambda path, base: "X-OTHER")
-    differing = conformance._refused("reject", "H-CRC-wrong", "H-CRC")
-    assert not differing.agrees
-    assert "**DIFFER**" in conformance.table([differing])
-    assert not conformance._valid("smallest", EXPECTED["valid"]["smallest"]).agrees
+@pytest.mark.parametrize("reader", ["by_package", "by_minimal_reader", "by_kaitai"])
+class TestReadersThatDiffer:
+    """Each of the three, alone, is noticed."""
+
+    def test_refuses_what_is_valid(self, reader, monkeypatch):
+        monkeypatch.setattr(conformance, reader, lambda *_: conformance.REFUSED)
+        row = conformance._valid("smallest", EXPECTED["valid"]["smallest"])
+        assert not row.agrees
+        assert "**DIFFER**" in conformance.table([row])
+
+    def test_accepts_what_is_not(self, reader, monkeypatch):
+        monkeypatch.setattr(conformance, reader, lambda *_: {})
+        assert not conformance._refused("reject", "H-MAJOR-2", "H-MAJOR").agrees
+
+    def test_finds_something_else(self, reader, monkeypatch):
+        name = "side-files" if reader != "by_kaitai" else "chunk-boundaries"
+        found = getattr(conformance, reader)
+
+        def changed(*paths):
+            result = found(*paths)
+            if reader == "by_kaitai":
+                next(reversed(result["tensors"].values()))["kept"] += 1
+                return result
+            return {**result, "files": dict.fromkeys(result["files"], "0" * 64)}
+
+        monkeypatch.setattr(conformance, reader, changed)
+        assert not conformance._valid(name, EXPECTED["valid"][name]).agrees
+
+    def test_fails_the_command(self, reader, monkeypatch, tmp_path):
+        monkeypatch.setattr(conformance, reader, lambda *_: conformance.REFUSED)
+        row = conformance._valid("smallest", EXPECTED["valid"]["smallest"])
+        monkeypatch.setattr(conformance, "read_all", lambda: [row])
+        monkeypatch.setattr(conformance, "TABLE", tmp_path / "table.md")
+        assert conformance.main() == 1
+
+
+@pytest.mark.parametrize("reader", ["by_package", "by_minimal_reader"])
+def test_another_rule_is_noticed(reader, monkeypatch):
+    monkeypatch.setattr(conformance, reader, lambda *_: "H-CRC")
+    assert not conformance._refused("reject", "H-MAJOR-2", "H-MAJOR").agrees
+
+
+def test_minimal_reader_checks_files_as_it_rebuilds():
+    nps = minimal_reader.Nps((VECTORS / "reject" / "D-DIGEST-file.nps").read_bytes())
+    base = VECTORS / "reject" / "D-DIGEST-delta.base.safetensors"
+    with pytest.raises(minimal_reader.Refused, match="D-DIGEST"):
+        nps.rebuild(minimal_reader.read_safetensors(base))
 
 
 def test_vectors_come_out_of_their_generator_byte_for_byte(tmp_path):

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from nps_compress.errors import (
     CheckpointError,
     FormatError,
     InvalidArgumentError,
+    OutputExistsError,
     OutputTooLargeError,
     WriteError,
 )
@@ -64,6 +66,14 @@ class TestRoundTrip:
         report = nps_compress.export_sparse(base, task, patch)
         assert report.file_bytes == patch.stat().st_size
         assert (report.changed_tensors, report.new_tensors) == (2, 3)
+        with safe_open(patch, framework="pt") as file:
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        indices = [tensor for name, tensor in stored.items() if name.endswith(".indices")]
+        assert report.nnz == sum(map(len, indices))
+        length = int.from_bytes(patch.read_bytes()[:8], "little")
+        for name, place in json.loads(patch.read_bytes()[8 : 8 + length]).items():
+            if name != "__metadata__":
+                assert place["data_offsets"][0] % stored[name].element_size() == 0, name
         nps_compress.import_sparse(base, patch, again)
         assert content(again) == content(task)
         assert nps_compress.inspect(again)["base_root"] == nps_compress.inspect(task)["base_root"]
@@ -186,6 +196,11 @@ class TestForeignPatches:
         ]
         for tensors, message in cases:
             self.refuses(base, self.patch(tmp_path, **tensors), tmp_path, message)
+        whole = {"base_root": "", "renamed": {}, "deleted": [], "base_files": {}, "metadata": {}}
+        for files in ({"config.json": "Q!Q=="}, {"config.json": 1}, []):
+            text = json.dumps({**whole, "files": files})
+            patch = self.patch(tmp_path, {"nps": text}, w__indices=one, w__values=values)
+            self.refuses(base, patch, tmp_path, "is not what export writes")
         for text in ("{", "[]", "[" * 10_000, '{"renamed": 1}', '{"a": "\\ud800"}'):
             patch = self.patch(tmp_path, {"nps": text}, w__indices=one, w__values=values)
             self.refuses(base, patch, tmp_path, "is not what export writes")
@@ -255,6 +270,37 @@ def test_import_against_another_base(tiny, tmp_path):
     assert not list(tmp_path.glob("*q.safetensors*"))
 
 
+def test_an_import_does_not_replace_what_it_reads(tiny, tmp_path):
+    base, tuned = tiny
+    nps_compress.pack(base, tuned, tmp_path / "t.nps")
+    patch = tmp_path / "p.safetensors"
+    nps_compress.export_sparse(base, tmp_path / "t.nps", patch)
+    for inputs, path in ((base, patch), (base / "model.safetensors", base / "model.safetensors")):
+        with pytest.raises(OutputExistsError, match="would replace the input"):
+            nps_compress.import_sparse(inputs, patch, path, force=True)
+
+
+def test_what_keeps_nothing_is_not_exported(tmp_path):
+    name = REJECT.parent / "valid" / "none-kept"
+    patch = tmp_path / "p.safetensors"
+    base, task = name.with_name("none-kept.base.safetensors"), name.with_suffix(".nps")
+    assert nps_compress.export_sparse(base, task, patch).changed_tensors == 0
+    with safe_open(patch, framework="np") as file:
+        assert not list(file.keys())
+    nps_compress.import_sparse(base, patch, tmp_path / "t.nps")
+    assert content(tmp_path / "t.nps") == content(task)
+
+
+def test_a_tensor_that_just_fits_int32():
+    from nps_compress import sparse_safetensors
+
+    entry = TensorEntry(
+        "w", BY_NAME["U8"], (2**31 - 1,), Op.DELTA, ValueCodec.XOR, 24, 0, bytes(32)
+    )
+    task = SimpleNamespace(reader=SimpleNamespace(nnz=lambda _: 5))
+    assert sparse_safetensors._blocks(task, [entry])["w.indices"][1] == (5,)
+
+
 def test_a_tensor_too_large_for_int32(tmp_path):
     numel, dtype = 2**31, BY_NAME["U8"]
     header = json.dumps({"w": {"dtype": "U8", "shape": [numel], "data_offsets": [0, numel]}})
@@ -301,6 +347,7 @@ class TestVerifyAlone:
         assert report.base_tensors == 0
         assert report.tensors == 8
         assert report.content_sha256 == content(task)
+        assert report.files == 1  # the other one is the base's
         assert "empty" in seen
         assert "config.json" in seen
         whole = nps_compress.verify(base, task)
@@ -349,6 +396,26 @@ def test_content_digest_outlives_the_encoding(tiny, tmp_path):
     assert content(first) != a["content_sha256"]
 
 
+def test_digest_of_a_file_over_one_mib():
+    path = REJECT.parent / "valid" / "metadata-of-1-mib.nps"
+    assert path.stat().st_size > 1 << 20
+    found = nps_compress.inspect(path)["file_sha256"]
+    assert found == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_inspect_counts_bits_and_knows_what_is_deleted():
+    valid = REJECT.parent / "valid"
+    renamed = nps_compress.inspect(valid / "all-copied-renamed-and-shared.nps")["tensors"]
+    assert [(t["name"], t["op"]) for t in renamed] == [
+        ("head", "copy"),
+        ("model.a", "copy"),
+        ("model.b", "copy"),
+        ("b", "deleted"),
+    ]
+    (tensor,) = nps_compress.inspect(valid / "mask-codec-of-each-chunk.nps")["tensors"]
+    assert tensor["bits_per_param"] == 8 * tensor["stored_bytes"] / tensor["numel"] > 0
+
+
 # -- bounds of the output ------------------------------------------------------------------------
 
 
@@ -367,8 +434,11 @@ class TestOutputSize:
         nps_compress.pack(base, tuned, tmp_path / "t.nps")
         usage = shutil.disk_usage(tmp_path)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-        with pytest.raises(OutputTooLargeError, match="the disk has 1,000 free"):
+        with pytest.raises(OutputTooLargeError, match="the disk has 1,000 free") as caught:
             nps_compress.unpack(base, tmp_path / "t.nps", tmp_path / "no")
+        exact = usage._replace(free=caught.value.nbytes)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: exact)
+        nps_compress.unpack(base, tmp_path / "t.nps", tmp_path / "yes")
         assert not (tmp_path / "no").exists()
         with pytest.raises(WriteError):
             nps_compress.unpack(base, tmp_path / "t.nps", tmp_path / "none" / "no")

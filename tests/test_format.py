@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nps_compress.codecs import ValueCodec, encode_chunk
+from nps_compress import codecs
+from nps_compress.codecs import EncodedChunk, MaskCodec, ValueCodec, encode_chunk
 from nps_compress.dtypes import BY_NAME, digest
 from nps_compress.errors import FormatError, InvalidArgumentError
 from nps_compress.format import layout
@@ -432,7 +433,7 @@ def test_mask_must_agree_with_its_record(tmp_path):
 
 def test_writer_refuses_what_the_reader_would(tmp_path):
     writer = NpsWriter(io.BytesIO())
-    for name in ("", "x" * 513, "a\nb", "a\x9bb"):
+    for name in ("", "x" * 513, "a\nb", "a\x9bb", "__metadata__"):
         with pytest.raises(InvalidArgumentError):
             writer.add_tensor(
                 TensorEntry(name, BF16, (), Op.COPY, ValueCodec.NONE, 0, 0, bytes(32))
@@ -441,6 +442,82 @@ def test_writer_refuses_what_the_reader_would(tmp_path):
         writer.add_file("../evil", b"")
     with pytest.raises(InvalidArgumentError):
         writer.finish([], {"k": "x" * 2**20})
+    for names in (["a\n"], ["b", "a"], ["a", "a"], ["__metadata__"]):
+        with pytest.raises(InvalidArgumentError):
+            writer.finish([BaseTensor(name, BF16, (), bytes(32)) for name in names], {})
+
+
+def copied(name: str) -> TensorEntry:
+    return TensorEntry(name, BF16, (), Op.COPY, ValueCodec.NONE, 0, 0, bytes(32))
+
+
+def test_writer_keeps_names_in_order():
+    writer = NpsWriter(io.BytesIO())
+    writer.add_tensor(copied("b"))
+    for name in ("a", "b"):
+        with pytest.raises(InvalidArgumentError, match="greater than 'b'"):
+            writer.add_tensor(copied(name))
+    writer.add_base_file("b", b"")
+    with pytest.raises(InvalidArgumentError, match="greater than 'b'"):
+        writer.add_file("a", b"")
+
+
+def test_writer_keeps_the_limits(monkeypatch):
+    writer = NpsWriter(io.BytesIO())
+    for number in range(layout.MAX_FILES):
+        writer.add_base_file(f"f{number:02}", b"")
+    with pytest.raises(InvalidArgumentError, match="64 at most"):
+        writer.add_base_file("g", b"")
+    monkeypatch.setattr(layout, "MAX_FILE_BYTES", 3)
+    for add in (NpsWriter(io.BytesIO()).add_file, NpsWriter(io.BytesIO()).add_base_file):
+        add("a", b"abc")
+        with pytest.raises(InvalidArgumentError, match="at most 64 MiB"):
+            add("b", b"abcd")
+    table = [BaseTensor(name, BF16, (), bytes(32)) for name in "ab"]
+    monkeypatch.setattr(layout, "MAX_RECORDS", 1)
+    with pytest.raises(InvalidArgumentError, match="1 at most"):
+        NpsWriter(io.BytesIO()).finish(table, {})
+    monkeypatch.undo()
+    monkeypatch.setattr(layout, "MAX_INDEX_BYTES", 200)
+    with pytest.raises(InvalidArgumentError, match="at most 1 GiB"):
+        NpsWriter(io.BytesIO()).finish(table, {})
+
+
+def test_order_of_metadata_does_not_matter():
+    assert build({"a": "1", "b": "2"}) == build({"b": "2", "a": "1"})
+
+
+def test_a_chunk_stored_raw_is_the_same_chunk(rng):
+    before = rng.integers(0, 1 << 16, 8192).astype(np.uint16)
+    after = before.copy()
+    after[::2] ^= rng.integers(1, 256, 4096).astype(np.uint16)  # low bytes random, high ones 0
+    chunk = encode_chunk(before, after, BF16, ValueCodec.XOR)
+    assert chunk.mask_compressed
+    assert chunk.planes_compressed == 2
+    raw = chunk.stored_raw()
+    assert (raw.mask_compressed, raw.planes_compressed) == (False, 0)
+    assert raw.raw_bytes == len(raw.data) == chunk.raw_bytes
+    assert raw.mask == codecs.decompress(chunk.mask, chunk.mask_raw_bytes)
+    planes = codecs.decode_planes(chunk.planes, chunk.planes_compressed, chunk.nnz)
+    assert b"".join(raw.planes) == planes.tobytes()
+
+
+def test_writer_bounds_the_expansion_of_masks(tmp_path):
+    bits = np.zeros(1 << 21, np.uint8)
+    bits[0] = 1
+    mask = codecs.compress(bits.tobytes(), 19)
+    chunk = EncodedChunk(1, MaskCodec.BITMASK, 1 << 21, True, mask, 0, (b"\1",))
+    stream = io.BytesIO()
+    writer = NpsWriter(stream)
+    writer.add_chunks([chunk] * 40)
+    shape = (40 << 24,)
+    writer.add_tensor(TensorEntry("w", U8, shape, Op.DELTA, ValueCodec.XOR, 24, 0, bytes(32)))
+    writer.finish([BaseTensor("w", U8, shape, bytes(32))], {})
+    assert len(stream.getvalue()) < 3 << 20  # one of 80 MiB is enough
+    with open_bytes(tmp_path, stream.getvalue()) as reader:
+        reader.verify(reader.tensors[0])
+        place = np.frombuffer(stream.getvalue()[-96:], layout.FOOTER)[0]["index_offset"]
+        assert reader.stored_bytes(reader.tensors[0]) == place - 64
 
 
 def test_printable_escapes_terminal_sequences():

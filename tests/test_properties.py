@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,8 +18,10 @@ from hypothesis import strategies as st
 import minimal_reader
 import targets
 from nps_compress import codecs
+from nps_compress.atomic import atomic_file
 from nps_compress.codecs import EncodedChunk, MaskCodec, ValueCodec
 from nps_compress.dtypes import DTYPES, DType, Words, digest
+from nps_compress.errors import OutputExistsError
 from nps_compress.format import layout
 from nps_compress.format.layout import Op
 from nps_compress.format.records import BaseTensor, TensorEntry
@@ -249,6 +253,9 @@ for point in [*range(1, len(new) + 1, step), "sync", "replace", "replaced", "nev
     _, status = os.waitpid(pid, 0)
     assert os.WIFSIGNALED(status) == (point != "never"), point
     content = out.read_bytes()
+    if point in ("sync", "replace"):  # what is synced, and put in place, is the whole file
+        (partial,) = out.parent.glob(".*.partial")
+        assert partial.read_bytes() == new, point
     assert content == (new if point in ("replaced", "never") else old), point
     for left in out.parent.glob(".*.partial"):
         left.unlink()
@@ -266,6 +273,37 @@ def test_a_writer_killed_at_any_byte_leaves_the_old_file(tmp_path):
         [sys.executable, "-c", KILLER, *arguments], capture_output=True, text=True
     )
     assert done.stdout == "ok\n", done.stderr
+
+
+def test_file_then_folder_are_synced(tmp_path, monkeypatch):
+    synced = []
+    fsync, replace = os.fsync, Path.replace
+
+    def noted(descriptor: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{descriptor}").resolve().name)
+        fsync(descriptor)
+
+    def put(source: Path, target: Path) -> Path:
+        synced.append("put in place")
+        return replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(Path, "replace", put)
+    with atomic_file(tmp_path / "t.nps") as stream:
+        stream.write(b"x")
+    assert synced[0].endswith(".partial")
+    assert synced[1:] == ["put in place", tmp_path.name]
+
+
+def test_a_file_that_appears_meanwhile_is_kept(tmp_path):
+    def write() -> None:
+        with atomic_file(tmp_path / "t.nps") as stream:
+            stream.write(b"new")
+            (tmp_path / "t.nps").write_bytes(b"theirs")
+
+    with pytest.raises(OutputExistsError):
+        write()
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"theirs"]
 
 
 def test_an_unfinished_file_is_refused_at_any_byte(tmp_path):

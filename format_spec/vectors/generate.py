@@ -51,8 +51,8 @@ def expected(file: File) -> dict[str, Any]:
         content += identity(entry.name, entry.dtype, entry.shape, digest)
     content += little(len(file.files), 4)
     for entry in file.files:
-        content += little(len(entry.name), 2) + entry.name + little(len(entry.data), 8)
-        content += sha(entry.data)
+        content += little(len(entry.name), 2) + entry.name + little(entry.shape[0], 8)
+        content += entry.sha256 or sha(entry.data)
     return {
         "base_root": sha(base_root).hex(),
         "content_sha256": sha(content).hex(),
@@ -65,7 +65,9 @@ def expected(file: File) -> dict[str, Any]:
             }
             for entry in file.tensors
         },
-        "files": {entry.name.decode(): sha(entry.data).hex() for entry in file.files},
+        "files": {
+            entry.name.decode(): (entry.sha256 or sha(entry.data)).hex() for entry in file.files
+        },
     }
 
 

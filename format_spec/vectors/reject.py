@@ -36,7 +36,7 @@ from parts import (
     sha,
     side_file,
 )
-from valid import VALID
+from valid import VALID, expanding
 
 
 def good() -> File:
@@ -134,6 +134,17 @@ reject(
     "T-INDEXSIZE-bomb",
     lambda f: assign(f, compress_index=True, metadata=b'{"' + b"a" * 100_000 + b'":""}'),
 )
+for _what, _beyond, _rule in (
+    ("ratio-by-one", 1, "T-INDEXSIZE"),
+    ("garbage-at-the-ratio", 0, "I-ZSTD"),
+):
+    reject(
+        f"{_rule}-{_what}",
+        lambda f, b=_beyond: (
+            assign(f, compress_index=True, index_frame=lambda raw: b"\x55" * 100),
+            f.set_footer.update(index_raw_bytes=8 * 100 + 65536 + b),
+        ),
+    )
 reject("T-COMPRESSION-unknown", lambda f: f.set_footer.update(index_compression=2))
 
 # I: index
@@ -157,6 +168,10 @@ for _table, _limit in (("base", 2**20), ("tensor", 2**20), ("file", 64)):
         f"I-COUNT-{_table}-records",
         lambda f, t=_table, n=_limit: f.set_head.update({f"{t}_records": n + 1}),
     )
+reject(
+    "I-SIZE-as-many-records-as-allowed",
+    lambda f: f.set_head.update(base_records=2**20, tensor_records=2**20, file_records=64),
+)
 reject("I-SIZE-chunk-records", lambda f: f.set_head.update(chunk_records=4))
 reject("I-SIZE-wraps", lambda f: f.set_head.update(chunk_records=2**61))
 reject("I-SIZE-heap", lambda f: f.set_head.update(heap_bytes=2**64 - 1))
@@ -291,6 +306,7 @@ first_chunk("C-FLAGS-highest-plane", planes_zstd=0x80)
 first_chunk("C-MASKSIZE-gap8-less", mask_raw=0)
 first_chunk("C-MASKSIZE-gap8-more", mask_raw=1 + (1024 - 1) // 255 + 1)
 first_chunk("C-MASKSIZE-bitmask", codec=BITMASK, mask_raw=127)
+first_chunk("C-MASKSIZE-gap16-more", codec=GAP16, mask_raw=4)
 first_chunk("C-MASKSIZE-gap16-odd", codec=GAP16, mask_raw=3)
 reject("C-MASKSIZE-full", lambda f: assign(f.tensors[2].chunks[0], mask_raw=1))
 first_chunk("C-STORED-mask-raw", mask_stored=2)
@@ -302,37 +318,115 @@ first_chunk("C-STORED-plane-past-width", sizes=[1, 1, 1])
 first_chunk("C-STORED-plane-missing", sizes=[1, 0])
 
 
-def zeros(stored: int) -> File:
-    """2^20 zero bytes, new, in a plane said to be one frame of ``stored`` bytes."""
+def stored_zeros(numel: int) -> File:
+    """``numel`` zero bytes, new, in a plane said to be one frame of 31 bytes."""
     chunk = chunk_of(None, [0], 1, FULL, REPLACE)
-    assign(chunk, nnz=1 << 20, planes_zstd=1, planes=[bytes(stored)])
-    entry = Entry(b"w", 2, [1 << 20], NEW, REPLACE, 20, NO_BASE, bytes(1 << 20), [chunk])
+    assign(chunk, nnz=numel, planes_zstd=1, planes=[bytes(31)])
+    entry = Entry(b"w", 2, [numel], NEW, REPLACE, 20, NO_BASE, bytes(numel), [chunk])
     return File(tensors=[entry])
 
 
-reject("C-STORED-beyond-zstd", lambda f: None, lambda: zeros((1 << 5) - 1))
+reject("C-STORED-beyond-zstd", lambda f: None, lambda: stored_zeros(31 * 2**15 + 1))
+reject("P-ZSTD-as-small-as-zstd-can", lambda f: None, lambda: stored_zeros(31 * 2**15))
 reject("C-LAYOUT-hole-at-end", lambda f: assign(f, after_chunks=bytes(8)))
 reject("C-LAYOUT-past-index", lambda f: assign(f, missing=8))
 
 
-def _expanding() -> File:
-    """One element more than C-EXPANSION allows."""
-    file = VALID["expansion-near-the-limit"]()
-    entry = file.tensors[0]
-    slack = 256 * sum(len(chunk.stored()) for chunk in entry.chunks)
-    whole, rest = divmod(slack + 1, 1 << 24)
-    assert whole == 0
-    last = chunk_of(None, [0], 1, FULL, REPLACE)
-    assign(last, nnz=rest, planes_zstd=1, planes=[frame(bytes(rest))])
-    slack += 256 * len(last.stored())
-    rest = slack + 1
-    assign(last, nnz=rest, planes=[frame(bytes(rest))])
-    entry.chunks.append(last)
-    entry.shape = [4 * (1 << 24) + rest]
-    return file
+reject("C-EXPANSION-by-one", lambda f: None, lambda: expanding(1))
 
 
-reject("C-EXPANSION-by-one", lambda f: None, _expanding)
+def _expanding_masks() -> File:
+    """Bitmasks of 2 MiB that keep one element each: masks count as planes do."""
+    mask = b"\1" + bytes((1 << 21) - 1)
+    chunk = Chunk(frame(mask), len(mask), 1, BITMASK, 1, [b"\1"], 0)
+    shape = [40 << 24]
+    base = Base(b"w", 2, shape, b"")
+    return File([base], [Entry(b"w", 2, shape, DELTA, REPLACE, 24, 0, b"", [chunk] * 40)])
+
+
+reject("C-EXPANSION-masks", lambda f: None, _expanding_masks)
+
+# Two faults: the rule that comes first is the one that is reported.
+reject("H-MAGIC-before-crc", lambda f: f.set_header.update(magic=b"\x89NPS\n\x1a\n\0", crc32=1))
+reject("H-CRC-before-major", lambda f: f.set_header.update(major=2, crc32=1))
+reject("H-MAJOR-before-feature", lambda f: f.set_header.update(major=2, required_features=1))
+reject("H-FEATURE-before-reserved", lambda f: f.set_header.update(required_features=1, reserved0=1))
+reject(
+    "H-RESERVED-before-footer",
+    lambda f: (f.set_header.update(reserved0=1), f.set_footer.update(crc32=0)),
+)
+reject("T-CRC-before-version", lambda f: f.set_footer.update(crc32=0, minor=1))
+reject("T-VERSION-before-reserved", lambda f: f.set_footer.update(minor=1, reserved=b"\1" * 15))
+reject("T-RESERVED-before-size", lambda f: f.set_footer.update(reserved=b"\1" * 15, file_bytes=1))
+reject("T-SIZE-before-index", lambda f: f.set_footer.update(file_bytes=1, index_offset=0))
+reject("T-INDEX-before-its-size", lambda f: f.set_footer.update(index_offset=0, index_raw_bytes=1))
+reject(
+    "T-INDEXSIZE-before-compression",
+    lambda f: f.set_footer.update(index_raw_bytes=1, index_compression=2),
+)
+reject(
+    "T-COMPRESSION-before-digest",
+    lambda f: f.set_footer.update(index_compression=2, index_sha256=bytes(32)),
+)
+reject("I-COUNT-before-size", lambda f: f.set_head.update(base_records=2**20 + 1, heap_bytes=2**60))
+reject("I-SIZE-before-reserved", lambda f: f.set_head.update(heap_bytes=0, reserved0=1))
+reject("I-RESERVED-before-heap", lambda f: (assign(f.base[0], reserved=1), assign(f, heap=b"")))
+reject("N-HEAP-before-length", lambda f: assign(f.base[0], name_bytes=0))
+reject("N-CONTROL-before-order", lambda f: assign(f.base[0], name=b"z\x1b"))
+reject("N-ORDER-before-reserved", lambda f: assign(f.base[1], name=b"__metadata__"))
+reject(
+    "N-RESERVED-before-file",
+    lambda f: (assign(f.base[0], name=b"__metadata__"), assign(f.files[0], name=b".x")),
+)
+reject(
+    "N-FILE-before-dtype", lambda f: (assign(f.files[0], name=b".x"), assign(f.base[0], dtype=0))
+)
+reject("S-DTYPE-before-rank", lambda f: assign(f.base[0], dtype=0, rank=9))
+reject("S-RANK-before-dim", lambda f: assign(f.base[0], rank=9, shape=[1] * 8))
+reject("S-DIM-before-numel", lambda f: assign(f.base[0], rank=1, shape=[2**60, 1]))
+reject(
+    "S-NUMEL-of-the-base-before-the-tensors",
+    lambda f: (assign(f.base[1], shape=[2**49]), assign(f.tensors[0], dtype=0)),
+)
+reject("R-RESERVED-before-op", lambda f: assign(f.tensors[0], reserved0=1, op=9))
+reject("R-OP-before-base", lambda f: assign(f.tensors[0], op=9, base_index=9))
+reject("R-FILE-before-base", lambda f: assign(f.files[1], shape=[2**26 + 1], base_index=0))
+reject("R-BASE-before-shape", lambda f: assign(f.tensors[0], base_index=9, shape=[25, 100]))
+reject("R-SHAPE-before-copy", lambda f: assign(f.tensors[1], shape=[2500], sha256=sha(b"")))
+reject("R-COPY-before-values", lambda f: assign(f.tensors[1], sha256=sha(b""), codec=1))
+reject("R-VALUES-before-chunklog", lambda f: assign(f.tensors[0], codec=9, chunk_log2=9))
+reject(
+    "R-CHUNKLOG-of-one-before-the-next",
+    lambda f: (assign(f.tensors[0], chunk_log2=9), assign(f.tensors[2], reserved0=1)),
+)
+reject(
+    "C-COUNT-before-nnz",
+    lambda f: (assign(f.tensors[0].chunks[0], nnz=2000), f.tensors[0].chunks.pop()),
+)
+first_chunk("C-NNZ-before-codec", nnz=1025, codec=5)
+reject("C-CODEC-before-new", lambda f: assign(f.tensors[2].chunks[0], codec=9))
+reject(
+    "C-NEW-before-flags",
+    lambda f: assign(
+        f.tensors[2],
+        chunks=[replace(chunk_of([0] * 7, list(range(7)), 2, BITMASK, REPLACE), reserved=1)],
+    ),
+)
+first_chunk("C-FLAGS-before-masksize", reserved=1, mask_raw=0)
+first_chunk("C-MASKSIZE-before-stored", mask_raw=0, sizes=[9, 9])
+reject(
+    "C-STORED-before-layout",
+    lambda f: (assign(f.tensors[0].chunks[0], sizes=[9, 9]), assign(f, after_chunks=bytes(8))),
+)
+reject(
+    "C-LAYOUT-before-expansion", lambda f: assign(f, after_chunks=bytes(8)), lambda: expanding(4000)
+)
+reject("C-EXPANSION-before-metadata", lambda f: assign(f, metadata=b"["), lambda: expanding(1))
+reject("M-JSON-before-keys", lambda f: assign(f, metadata=b'{"a":"b","a":1}'))
+reject(
+    "C-PADDING-before-digest",
+    lambda f: assign(f.tensors[0].chunks[0], padding=b"\1" * 5, digest=bytes(8)),
+)
 
 # M: metadata
 for _what, _text in {
@@ -357,7 +451,7 @@ for _what, _text in {
     "surrogate-key": b'{"\\udfff":"b"}',
 }.items():
     reject(f"M-JSON-{_what}", lambda f, m=_text: assign(f, metadata=m))
-reject("M-SIZE-over", lambda f: assign(f, metadata=b'{"a":"' + b"x" * (2**20 - 7) + b'"}'))
+reject("M-SIZE-over", lambda f: assign(f, metadata=b"[" * (2**20 + 1)))
 reject("M-KEYS-same-value", lambda f: assign(f, metadata=b'{"a":"b","a":"b"}'))
 reject("M-KEYS-escaped", lambda f: assign(f, metadata=b'{"a":"b","\\u0061":"c"}'))
 
@@ -365,6 +459,7 @@ reject("M-KEYS-escaped", lambda f: assign(f, metadata=b'{"a":"b","\\u0061":"c"}'
 # P and C-PADDING: what a chunk holds
 reject("C-PADDING-last-byte", lambda f: assign(f.tensors[0].chunks[0], padding=bytes(4) + b"\1"))
 first_chunk("P-DIGEST-wrong", digest=bytes(8))
+first_chunk("P-DIGEST-of-nothing", digest=sha(b"")[:8])
 reject(
     "P-DIGEST-empty-chunk",
     lambda f: assign(f.tensors[0].chunks[0], digest=bytes(8)),

@@ -21,6 +21,7 @@ from parts import (
     SQUARES_FRAME,
     ULP,
     XOR,
+    Chunk,
     Entry,
     File,
     base_file,
@@ -29,7 +30,6 @@ from parts import (
     copy,
     delta,
     frame,
-    little,
     new,
     random_words,
     side_file,
@@ -328,20 +328,45 @@ def zstd_frame_forms() -> File:
     return File(tensors=[*tensors, largest])
 
 
+def zeros(numel: int) -> Chunk:
+    """``numel`` zero bytes, all kept, as one frame of run-length blocks."""
+    chunk = chunk_of(None, [0], 1, FULL, REPLACE)
+    chunk.nnz, chunk.planes_zstd, chunk.planes = numel, 1, [frame(bytes(numel))]
+    return chunk
+
+
+def expanding(beyond: int) -> File:
+    """64 MiB of zeros, and as many more as C-EXPANSION allows, and ``beyond``."""
+    parts = [zeros(1 << 24)] * 4
+    rest = 256 * sum(len(part.stored()) for part in [*parts, zeros(1 << 19)]) + beyond
+    parts.append(zeros(rest))
+    assert 256 * sum(len(part.stored()) for part in parts) + beyond == rest
+    numel, digest = (4 << 24) + rest, hashlib.sha256()
+    for start in range(0, numel, 1 << 20):
+        digest.update(bytes(min(1 << 20, numel - start)))
+    entry = Entry(b"w", 2, [numel], NEW, REPLACE, 24, NO_BASE, b"", parts, digest.digest())
+    return File(tensors=[entry])
+
+
 @valid
-def expansion_near_the_limit() -> File:
-    """64 MiB of zeros in 2 KiB: run-length blocks of 128 KiB."""
-    size = 1 << 24
-    parts = [chunk_of(None, [0], 1, FULL, REPLACE) for _ in range(4)]
-    blocks = b"".join(little(int(i == 127) | 2 | (1 << 17) << 3, 3) + b"\0" for i in range(128))
-    for part in parts:
-        part.nnz, part.planes_zstd = size, 1
-        part.planes = [b"\x28\xb5\x2f\xfd\x80\x50" + little(size, 4) + blocks]
-    digest = hashlib.sha256()
+def expansion_at_the_limit() -> File:
+    return expanding(0)
+
+
+@valid
+def metadata_of_1_mib() -> File:
+    return File(metadata=b'{"a":"' + b"x" * (2**20 - 8) + b'"}')
+
+
+@valid
+def largest_file_of_the_base() -> File:
+    """2^26 bytes that the base has: only their digest is here."""
+    digest = hashlib.sha256(b"")
     for _ in range(64):
         digest.update(bytes(1 << 20))
-    entry = Entry(b"w", 2, [4 * size], NEW, REPLACE, 24, NO_BASE, b"", parts, digest.digest())
-    return File(tensors=[entry])
+    file = base_file("tokenizer.model", b"")
+    file.shape, file.sha256 = [2**26], digest.digest()
+    return File(files=[file])
 
 
 @valid

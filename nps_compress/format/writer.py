@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 import zlib
@@ -68,6 +69,7 @@ class NpsWriter:
     def add_tensor(self, entry: TensorEntry) -> None:
         """Record a tensor whose chunks have been written."""
         check_name(entry.name)
+        _check_order([*self._tensors[-1:], entry])
         self._tensors.append(entry)
 
     def add_file(self, name: str, data: bytes) -> None:
@@ -89,16 +91,21 @@ class NpsWriter:
     def _add_file(self, name: str, op: Op, size: int, sha256: bytes, chunk_log2: int) -> None:
         if size > layout.MAX_FILE_BYTES:
             raise InvalidArgumentError(f"size of {name}", size, "at most 64 MiB")
+        if len(self._files) == layout.MAX_FILES:
+            raise InvalidArgumentError("files", len(self._files) + 1, f"{layout.MAX_FILES} at most")
         if not FILE_NAME.fullmatch(name):
             raise InvalidArgumentError("file name", name, "letters, digits, dot, dash, underscore")
         codec = ValueCodec.REPLACE if op is Op.NEW else ValueCodec.NONE
-        self._files.append(
-            TensorEntry(name, BY_NAME["U8"], (size,), op, codec, chunk_log2, None, sha256)
-        )
+        entry = TensorEntry(name, BY_NAME["U8"], (size,), op, codec, chunk_log2, None, sha256)
+        _check_order([*self._files[-1:], entry])
+        self._files.append(entry)
 
     def finish(self, base: Sequence[BaseTensor], metadata: Mapping[str, str]) -> int:
         """Write index and footer. Returns the size of the file in bytes."""
+        _check_order(base)
         raw = self._index(base, metadata)
+        if len(raw) > layout.MAX_INDEX_BYTES:
+            raise InvalidArgumentError("index", f"{len(raw):,} bytes", "at most 1 GiB")
         stored, compressed = raw, False
         if len(raw) > _SMALL_INDEX_BYTES:
             stored, compressed = compress_if_smaller(raw, level=19)
@@ -145,6 +152,13 @@ class NpsWriter:
                 meta,
             )
         )
+
+
+def _check_order(records: Sequence[BaseTensor | TensorEntry]) -> None:
+    names = [record.name.encode() for record in records]
+    for before, after in itertools.pairwise(names):
+        if before >= after:
+            raise InvalidArgumentError("name", after.decode(), f"greater than {before.decode()!r}")
 
 
 def check_name(name: str) -> None:
