@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from nps_compress.errors import CheckpointError
 from nps_compress.prune import Selection, plan, prune, tensor_seed
 from nps_compress.recipe import Recipe
 from nps_compress.search import Progress, search
-from nps_compress.task_vector import HISTOGRAM_BYTES, Histogram
+from nps_compress.task_vector import HISTOGRAM_BYTES, NEUTRAL, Float32, Histogram
 
 if TYPE_CHECKING:
     import torch
@@ -30,16 +30,27 @@ SLICE = 1 << 18  # elements handled at once: a few MB, which a core's cache hold
 
 
 def histogram_of(
-    base: Words, base_dtype: DType, finetuned: Words, finetuned_dtype: DType
+    base: Words,
+    base_dtype: DType,
+    finetuned: Words,
+    finetuned_dtype: DType,
+    importance: Float32 = NEUTRAL,
 ) -> Histogram | None:
-    """Magnitudes of one tensor's task vector; None where a difference is not finite."""
+    """Scores of one tensor's task vector; None where a difference is not finite."""
     histogram = Histogram.empty()
     for start in range(0, base.size, SLICE):
         part = slice(start, start + SLICE)
-        before = to_float32(base[part], base_dtype)
-        if not histogram.add(before, to_float32(finetuned[part], finetuned_dtype)):
+        before, after = (
+            to_float32(base[part], base_dtype),
+            to_float32(finetuned[part], finetuned_dtype),
+        )
+        if not histogram.add(before, after, _part(importance, part)):
             return None
     return histogram
+
+
+def _part(importance: Float32, part: slice) -> Float32:
+    return importance[part] if importance.size > 1 else importance
 
 
 class Pruner:
@@ -49,8 +60,11 @@ class Pruner:
     all others are the business of exact storage. Thread-safe.
     """
 
-    def __init__(self, pair: Pair, recipe: Recipe) -> None:
+    def __init__(
+        self, pair: Pair, recipe: Recipe, importance: Mapping[str, Float32] | None = None
+    ) -> None:
         self.pair, self.recipe = pair, recipe
+        self._importance = importance or {}
         self._candidates = [
             name
             for name, base_name in pair.base_of.items()
@@ -65,7 +79,7 @@ class Pruner:
         tensors = self.pair.finetuned.tensors
 
         def run(name: str) -> Histogram | None:
-            return histogram_of(*self.load(name))
+            return histogram_of(*self.load(name), self._importance.get(name, NEUTRAL))
 
         def cost(name: str) -> int:
             return 2 * tensors[name].nbytes + HISTOGRAM_BYTES
@@ -103,8 +117,9 @@ class Pruner:
     ) -> Words:
         """The pruned tensor in the base's dtype. -> [numel] words."""
         base, base_dtype, finetuned, finetuned_dtype = loaded
+        importance = self._importance.get(name, NEUTRAL)
         if selection is None:
-            histogram = histogram_of(*loaded)
+            histogram = histogram_of(*loaded, importance)
             assert histogram is not None  # count() lists finite tensors only
             selection = self._plan(histogram, coefficients)
         seed = tensor_seed(self.recipe.seed, name)
@@ -112,7 +127,14 @@ class Pruner:
         for start in range(0, base.size, SLICE):
             part = slice(start, start + SLICE)
             out[part] = prune(
-                selection, base[part], base_dtype, finetuned[part], finetuned_dtype, seed, start
+                selection,
+                base[part],
+                base_dtype,
+                finetuned[part],
+                finetuned_dtype,
+                seed,
+                start,
+                _part(importance, part),
             )
         return out
 

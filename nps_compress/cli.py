@@ -93,6 +93,14 @@ def _recipe_options(function: F) -> F:
             help="Rank changes over the whole model or within each tensor.",
         ),
         click.option(
+            "--importance",
+            type=click.Choice(["magnitude", "fisher"]),
+            default="magnitude",
+            show_default=True,
+            help="What ranks changes. fisher: magnitude times how much the fine-tune's outputs "
+            "react, from gradients on the calibration data.",
+        ),
+        click.option(
             "--fitness",
             type=click.Choice(["kl", "agreement", "loss", "accuracy"]),
             help="What is measured on calibration data. kl (default) and agreement compare with "
@@ -118,7 +126,7 @@ def _recipe_options(function: F) -> F:
             type=int,
             default=30,
             show_default=True,
-            help="CMA-ES generations.",
+            help="CMA-ES generations; `pack` with 0 does not search.",
         ),
         click.option(
             "--population",
@@ -189,20 +197,23 @@ def pack(
     searched = {"subspaces", "cuts", "generations", "population"}
     others = {"calibration", "recipe_path", "retain"}
     _refuse_together(ctx, "--lossless", lossless, {*options, *others})
-    _refuse_together(ctx, "--recipe", recipe_path, {*options, "calibration", "retain"})
+    _refuse_together(ctx, "--recipe", recipe_path, {*options, "retain"})
     _refuse_together(ctx, "--retain", retain is not None, {"density", *searched})
     if calibration is None:
-        for option in _given(ctx, {"fitness", "retain", *searched}):
+        for option in _given(ctx, {"fitness", "importance", "retain", *searched}):
             raise click.UsageError(f"{option} needs --calibration")
     recipe = None
     if recipe_path:
         recipe = Recipe.read(recipe_path)
+        if recipe.importance == "magnitude":
+            _refuse_together(ctx, "--recipe", recipe_path, {"calibration"})
+        options["generations"] = 0
     elif retain is not None:
         if not _given(ctx, {"prune"}):
             options["prune"] = "sampled"
         recipe = _recipe(options, searched=False)
     elif not lossless:
-        recipe = _recipe(options, searched=calibration is not None)
+        recipe = _recipe(options, searched=calibration is not None and options["generations"] > 0)
     report = run(
         base,
         finetuned,
@@ -224,7 +235,7 @@ def pack(
         click.echo("no calibration data: nothing was searched, all coefficients are 1")
     elif report.quality:
         _print_quality(report.quality)
-    elif calibration is not None and report.recipe:
+    elif report.recipe and report.recipe.search:
         _print_search(report.recipe)
 
 
@@ -470,7 +481,7 @@ def import_(patch: Path, base: str, output: Path, force: bool, as_json: bool) ->
 def _recipe(options: dict[str, Any], searched: bool) -> Recipe:
     from nps_compress.recipe import Recipe
 
-    plain = {name: options[name] for name in ("prune", "density", "scope", "seed")}
+    plain = {name: options[name] for name in ("prune", "density", "scope", "importance", "seed")}
     if not searched:
         return Recipe(**plain)
     return Recipe.with_subspaces(options["subspaces"], options["cuts"], **plain)

@@ -188,8 +188,7 @@ class Fitness:
         return batch.inputs["input_ids"][:, 1:][_next_is_text(batch)]
 
     def _batch(self, rows: Sequence[Row], tokenizer: Any, batch_size: int) -> list[_Batch]:
-        positions = getattr(self.model.config, "max_position_embeddings", None) or MAX_TOKENS
-        limit = min(tokenizer.model_max_length, positions, MAX_TOKENS)
+        limit = token_limit(self.model, tokenizer)
         tokens = tokenizer([row.text for row in rows], truncation=True, max_length=limit)
         for number, ids in enumerate(tokens["input_ids"], 1):
             if not ids:
@@ -220,6 +219,12 @@ class Fitness:
                 f"{self.model.config.num_labels} classes",
             )
         return label
+
+
+def token_limit(model: Any, tokenizer: Any) -> int:
+    """Tokens that a text is cut to: what the model takes, MAX_TOKENS at most."""
+    positions = getattr(model.config, "max_position_embeddings", None) or MAX_TOKENS
+    return min(tokenizer.model_max_length, positions, MAX_TOKENS)
 
 
 def _next_is_text(batch: _Batch) -> torch.Tensor:

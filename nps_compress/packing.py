@@ -89,10 +89,10 @@ def pack(
 
     base, finetuned: folder, ``.safetensors`` file, or Hub id in the local cache. ``recipe`` says
     what is kept (default: the largest 5 % of magnitudes); with ``calibration`` its coefficients
-    are searched first (``fitness``: kl). ``retain`` asks for a share of the fine-tune's quality
-    instead of a density (``fitness``: accuracy where there are labels, loss for a causal LM, else
-    agreement), ``lossless`` keeps every changed bit. Tensors that only the fine-tune has, or whose
-    shape or kind rules pruning out, are kept exactly.
+    are searched first (``fitness``: kl; ``generations`` 0: not searched). ``retain`` asks for a
+    share of the fine-tune's quality instead of a density (``fitness``: accuracy where there are
+    labels, loss for a causal LM, else agreement), ``lossless`` keeps every changed bit. Tensors
+    that only the fine-tune has, or whose shape or kind rules pruning out, are kept exactly.
 
     Raises:
         OutputExistsError, CheckpointError, CalibrationError, InvalidArgumentError, RecipeError,
@@ -108,7 +108,7 @@ def pack(
             raise InvalidArgumentError("retain", retain, "used with calibration data")
         asked = RetainJob(Path(calibration), fitness, retain)
         recipe = recipe or Recipe(prune="sampled")
-    elif calibration is not None:
+    elif calibration is not None and generations:
         search = SearchJob(Path(calibration), fitness or "kl", generations, population, out)
         recipe = recipe or Recipe.with_subspaces(8, "tail")
     recipe = recipe or Recipe()
@@ -116,7 +116,7 @@ def pack(
     refuse_input_as_output(out, input_files(pair_, calibration))
     for name in (*pair_.base.tensors, *pair_.finetuned.tensors):
         check_name(name)
-    pruner = None if lossless else counted(pair_, recipe, progress)
+    pruner = None if lossless else counted(pair_, recipe, calibration, progress)
     if pruner and search:
         pruner.recipe = search.run(pruner, progress)
     quality = None

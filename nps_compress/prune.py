@@ -12,6 +12,10 @@ the reweighted task vector. Two rules:
     base by d, not by step; the draw uses |t| / |d|, which keeps the expectation exact. (Where
     |t| >= step the sum is rounded to nearest, exact unless the fine-tune is in a wider dtype.)
 
+Both rank by score: the magnitude times an importance (see importance.py; 1 where there is none).
+``sampled`` then keeps with probability min(1, score / step), at +-step / importance where it is
+below 1: still unbiased, with the errors where they matter least.
+
 Draws come from a counter: (seed, tensor name, position) fix the outcome, whatever the chunking.
 """
 
@@ -29,7 +33,14 @@ import numpy.typing as npt
 from nps_compress._jit import jit
 from nps_compress.dtypes import DType, Words, round_float32, to_float32
 from nps_compress.errors import InvalidArgumentError
-from nps_compress.task_vector import KEY_SHIFT, KEYS, Histogram, key_of, subspace_edges
+from nps_compress.task_vector import (
+    KEY_SHIFT,
+    KEYS,
+    NEUTRAL,
+    Histogram,
+    key_of,
+    subspace_edges,
+)
 
 Rule = Literal["magnitude", "sampled"]
 RULES: tuple[Rule, ...] = get_args(Rule)
@@ -110,11 +121,13 @@ def prune(
     finetuned_dtype: DType,
     seed: int,
     start: int = 0,
+    importance: npt.NDArray[np.float32] = NEUTRAL,
 ) -> Words:
     """Words of base + selected task vector, rounded to nearest even; the base's where dropped.
 
     base, finetuned: [n] words of F16, BF16 or F32, finite; ``seed`` from :func:`tensor_seed`;
-    ``start`` is the position of the first element within its tensor. -> [n] words of ``dtype``.
+    ``start`` is the position of the first element within its tensor; importance: [n], or [1] for
+    all. -> [n] words of ``dtype``.
     """
     before, after = to_float32(base, dtype), to_float32(finetuned, finetuned_dtype)
     tau = after - before
@@ -122,6 +135,7 @@ def prune(
     kept = _select(
         before,
         tau,
+        importance,
         selection.subspace_of,
         selection.factors,
         selection.rule == "sampled",
@@ -234,6 +248,7 @@ def _rounded(value, dropped):  # type: ignore[no-untyped-def]
 def _select(  # type: ignore[no-untyped-def]
     before,
     tau,
+    importance,
     subspace_of,
     factors,
     sampled,
@@ -250,14 +265,15 @@ def _select(  # type: ignore[no-untyped-def]
     kept = 0
     step32 = np.float32(step)
     for i in range(tau.size):
-        magnitude_bits = np.float32(tau[i]).view(np.uint32) & np.uint32(0x7FFFFFFF)
-        if magnitude_bits == 0:
+        weight = importance[i if importance.size > 1 else 0]
+        score_bits = np.float32(abs(np.float32(tau[i])) * weight).view(np.uint32)
+        if score_bits == 0:
             continue
-        key = magnitude_bits >> np.uint32(KEY_SHIFT)
+        key = score_bits >> np.uint32(KEY_SHIFT)
         m = subspace_of[key]
         if sampled:
             value = tau[i] * factors[m]
-            probability = abs(np.float64(value)) / step if step > 0.0 else 1.0
+            probability = abs(np.float64(value)) * weight / step if step > 0.0 else 1.0
         else:
             if key < boundary[m]:
                 continue
@@ -277,7 +293,8 @@ def _select(  # type: ignore[no-untyped-def]
             if draw >= (2.0 * probability if sampled else probability):
                 continue
             if sampled:
-                value = step32 if value > 0 else -step32
+                size = step32 / weight
+                value = size if value > 0 else -size
         word = _rounded(before[i] + value, dropped)
         moved = abs(np.float64(word) - np.float64(before[i]))
         if moved == 0.0 or not abs(word) <= largest:

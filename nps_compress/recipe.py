@@ -21,6 +21,8 @@ from nps_compress.prune import (
 )
 
 VERSION = 1
+Importance = Literal["magnitude", "fisher"]
+IMPORTANCES: tuple[Importance, ...] = get_args(Importance)
 Scope = Literal["global", "tensor"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 
@@ -30,14 +32,16 @@ class Recipe:
     """What to keep of a task vector, and at which scale.
 
     ``density`` is the share of elements kept, in (0, 1]. ``scope`` says whether magnitudes are
-    ranked over the whole task vector or within each tensor. ``top_shares`` cut that ranking into
-    subspaces (descending; none: one subspace) and ``coefficients`` scale them, smallest
-    magnitudes first. ``search`` records how the coefficients were found; it changes nothing.
+    ranked over the whole task vector or within each tensor; ``importance`` by what: the magnitude
+    alone, or times an importance measured on calibration data (importance.py). ``top_shares`` cut
+    that ranking into subspaces (descending; none: one subspace) and ``coefficients`` scale them,
+    the lowest ranks first. ``search`` records how the coefficients were found; it changes nothing.
     """
 
     prune: Rule = "magnitude"
     density: float = 0.05
     scope: Scope = "global"
+    importance: Importance = "magnitude"
     top_shares: tuple[float, ...] = ()
     coefficients: tuple[float, ...] = (1.0,)
     seed: int = 0
@@ -48,6 +52,9 @@ class Recipe:
             raise InvalidArgumentError("prune", self.prune, f"one of {', '.join(RULES)}")
         if self.scope not in SCOPES:
             raise InvalidArgumentError("scope", self.scope, f"one of {', '.join(SCOPES)}")
+        if self.importance not in IMPORTANCES:
+            names = ", ".join(IMPORTANCES)
+            raise InvalidArgumentError("importance", self.importance, f"one of {names}")
         check_density(self.density)
         shares, coefficients = self.top_shares, self.coefficients
         if len(shares) >= MAX_SUBSPACES or not all(_is_number(s) and 0 < s < 1 for s in shares):
@@ -93,6 +100,7 @@ class Recipe:
         known = {item.name for item in fields(cls)}
         if not isinstance(value, dict) or value.pop("nps_recipe", None) != VERSION:
             raise RecipeError(path, f"is not a recipe of version {VERSION}")
+        value.setdefault("importance", "magnitude")  # recipes of 0.1.0
         if set(value) != known:
             odd = sorted(set(value) ^ known)
             raise RecipeError(path, f"has missing or unknown fields: {', '.join(odd)}")

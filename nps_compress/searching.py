@@ -11,6 +11,7 @@ from nps_compress._threads import MEMORY_SLACK
 from nps_compress.atomic import refuse_existing, refuse_input_as_output
 from nps_compress.candidates import Pruner, find_coefficients
 from nps_compress.checkpoint import Pair, open_checkpoint, pair
+from nps_compress.errors import InvalidArgumentError
 from nps_compress.recipe import Recipe
 from nps_compress.search import Progress, check_search_options, population_size
 
@@ -44,15 +45,29 @@ def search_recipe(
     search = SearchJob(Path(calibration), fitness, generations, population, out)
     pair_ = pair(open_checkpoint(base), open_checkpoint(finetuned))
     refuse_input_as_output(out, input_files(pair_, calibration))
-    found = search.run(counted(pair_, recipe, progress), progress)
+    found = search.run(counted(pair_, recipe, calibration, progress), progress)
     found.write(out, force)
     search.state.unlink(missing_ok=True)
     return found
 
 
-def counted(pair_: Pair, recipe: Recipe, progress: bool) -> Pruner:
-    """A pruner that has read the pair once."""
-    pruner = Pruner(pair_, recipe)
+def counted(pair_: Pair, recipe: Recipe, calibration: str | Path | None, progress: bool) -> Pruner:
+    """A pruner that has read the pair once, and measured the recipe's importance.
+
+    Raises:
+        InvalidArgumentError: the importance needs calibration data.
+    """
+    importance = None
+    if recipe.importance == "fisher":
+        if calibration is None:
+            raise InvalidArgumentError("importance", "fisher", "used with calibration data")
+        from nps_compress.fitness import read_jsonl
+        from nps_compress.importance import fisher
+
+        rows = read_jsonl(Path(calibration))
+        with bar(len(rows), "measuring importance", "example", progress) as advance:
+            importance = fisher(pair_.finetuned.path, rows, recipe.seed, advance)
+    pruner = Pruner(pair_, recipe, importance)
     with bar(len(pair_.base_of), "reading", "tensor", progress) as advance:
         pruner.count(memory_budget(pair_), advance)
     return pruner

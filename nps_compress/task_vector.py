@@ -1,8 +1,9 @@
-"""Magnitudes of a task vector (fine-tuned minus base), counted once and asked many times.
+"""Scores of a task vector (fine-tuned minus base), counted once and asked many times.
 
-A magnitude's *key* is the upper 18 bits of its float32 pattern: 1,024 buckets an octave, in the
-order of the magnitudes. Counts and sums per key answer every question that choosing a threshold
-asks, so no candidate of a search ever sorts the weights.
+An element's score is its magnitude times its importance (1 where none is given). A score's *key*
+is the upper 18 bits of its float32 pattern: 1,024 buckets an octave, in the order of the scores.
+Counts and sums per key answer every question that choosing a threshold asks, so no candidate of a
+search ever sorts the weights.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ HISTOGRAM_BYTES = 16 * KEYS
 
 Float32 = npt.NDArray[np.float32]
 
+NEUTRAL: Float32 = np.ones(1, np.float32)
+
 
 @dataclass
 class Histogram:
-    """Counts and magnitude sums by key. counts: [KEYS] int64; sums: [KEYS] float64."""
+    """Counts and sums of scores by key. counts: [KEYS] int64; sums: [KEYS] float64."""
 
     counts: npt.NDArray[np.int64]
     sums: npt.NDArray[np.float64]
@@ -34,14 +37,15 @@ class Histogram:
         """A histogram of no elements."""
         return cls(np.zeros(KEYS, np.int64), np.zeros(KEYS, np.float64))
 
-    def add(self, base: Float32, finetuned: Float32) -> bool:
-        """Count the magnitudes of one piece of a task vector. base, finetuned: [n].
+    def add(self, base: Float32, finetuned: Float32, importance: Float32 = NEUTRAL) -> bool:
+        """Count the scores of one piece of a task vector. base, finetuned: [n].
 
-        Returns False, the histogram then being of no use, where a difference is not finite.
+        importance: [n], or [1] for all. Returns False, the histogram then being of no use, where
+        a difference is not finite.
         """
         with np.errstate(invalid="ignore", over="ignore"):
             tau = finetuned - base
-        return bool(_count(tau, self.counts, self.sums))
+        return bool(_count(tau, importance, self.counts, self.sums))
 
     def merge(self, other: Histogram) -> None:
         """Add the elements of ``other``."""
@@ -75,12 +79,13 @@ def subspace_edges(histogram: Histogram, top_shares: Sequence[float]) -> tuple[i
 
 
 @jit
-def _count(tau, counts, sums):  # type: ignore[no-untyped-def]
+def _count(tau, importance, counts, sums):  # type: ignore[no-untyped-def]
     for i in range(tau.size):
-        magnitude_bits = np.float32(tau[i]).view(np.uint32) & np.uint32(0x7FFFFFFF)
-        if magnitude_bits >= np.uint32(0x7F800000):
+        score = abs(np.float32(tau[i])) * importance[i if importance.size > 1 else 0]
+        bits = np.float32(score).view(np.uint32)
+        if bits >= np.uint32(0x7F800000):
             return False
-        key = magnitude_bits >> np.uint32(KEY_SHIFT)
+        key = bits >> np.uint32(KEY_SHIFT)
         counts[key] += 1
-        sums[key] += abs(tau[i])
+        sums[key] += score
     return True

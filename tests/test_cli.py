@@ -199,7 +199,7 @@ class TestBadInput:
         for option in (("--subspaces", 4), ("--generations", 3), ("--fitness", "loss")):
             assert f"{option[0]} needs --calibration" in fails(*call, *option, code=2)
         fails("unpack", tiny[0], "t.nps", "-o", tmp_path / "o", "--max-shard-size", "nan", code=2)
-        for option in (("--population", 0), ("--generations", 0), ("--seed", -1)):
+        for option in (("--population", 0), ("--generations", -1), ("--seed", -1)):
             line = fails(*call, "--calibration", _calibration(tmp_path), *option)
             assert f"received {option[1]}" in line
 

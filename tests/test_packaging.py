@@ -42,6 +42,7 @@ ORDER = [
     "search",
     "torch_words",
     "fitness",
+    "importance",
     "candidates",
     "reconstruct",
     "retain",
@@ -63,7 +64,7 @@ ONLY_IN = {
     "transformers": {"fitness"},
     "huggingface_hub": {"checkpoint"},
     "safetensors": {"checkpoint"},
-    "torch": {"kernels", "torch_words", "fitness", "candidates", "reconstruct"},
+    "torch": {"kernels", "torch_words", "fitness", "importance", "candidates", "reconstruct"},
 }
 
 
