@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test check format clean bench memory vectors conformance fuzz
+.PHONY: help install demo test check format clean bench memory vectors conformance fuzz quality
 
 help:
 	@echo "make demo     pack, verify and unpack a real fine-tune (about 4 minutes on 2 cores)"
@@ -15,6 +15,7 @@ help:
 	@echo "make vectors  write the format's conformance vectors"
 	@echo "make conformance  read every vector with every reader, write format_spec/CONFORMANCE.md"
 	@echo "make fuzz     fuzz reader and codecs, FUZZ_SECONDS each (default 60; Linux)"
+	@echo "make quality  quality against bits: baselines and ours on six real fine-tunes (hours)"
 	@echo "make clean    remove the environment and everything built"
 
 install: $(STAMP)
@@ -53,6 +54,9 @@ vectors: $(STAMP)
 
 conformance: $(STAMP)
 	@$(BIN)/python format_spec/conformance.py
+
+quality: $(STAMP)
+	@$(BIN)/python benchmarks/quality.py
 
 FUZZ_SECONDS ?= 60
 fuzz: $(STAMP)

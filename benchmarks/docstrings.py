@@ -55,15 +55,15 @@ def collect(
     examples: list[Example] = []
     seen: set[str] = set()
     for package in packages:
-        root = _package_root(package)
+        root = package_root(package)
         if root is None:
             continue
-        modules = sorted(_modules(root))
+        modules = sorted(module_paths(root))
         random.Random(f"{seed}/{package}").shuffle(modules)
         for module in modules[:modules_per_package]:
             source = f"{package}/{module.relative_to(root).as_posix()}"
             for docstring in _docstrings(module):
-                text = _opening(docstring, package)
+                text = opening(docstring, package)
                 if text is not None and text.lower() not in seen:
                     seen.add(text.lower())
                     examples.append(Example(text, package, source))
@@ -109,14 +109,14 @@ def write_jsonl(path: Path, examples: Sequence[Example], names: Sequence[str]) -
             stream.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def _package_root(package: str) -> Path | None:
+def package_root(package: str) -> Path | None:
     if package == STDLIB:
         return Path(sysconfig.get_paths()["stdlib"])
     spec = importlib.util.find_spec(package)
     return Path(spec.origin).parent if spec and spec.origin else None
 
 
-def _modules(root: Path) -> Iterator[Path]:
+def module_paths(root: Path) -> Iterator[Path]:
     for path in root.rglob("*.py"):
         if not _SKIPPED_FOLDERS.intersection(path.relative_to(root).parts[:-1]):
             yield path
@@ -134,7 +134,7 @@ def _docstrings(module: Path) -> Iterator[str]:
                 yield docstring
 
 
-def _opening(docstring: str, package: str) -> str | None:
+def opening(docstring: str, package: str) -> str | None:
     """The first paragraph on one line, the package's own name taken out; None where unfit."""
     paragraph = docstring.strip().split("\n\n")[0]
     words = re.sub(rf"(?i){re.escape(package)}\w*", "it", paragraph).split()

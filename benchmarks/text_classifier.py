@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
+import training
 from docstrings import Example
 
 MAX_TOKENS = 64
@@ -31,6 +31,7 @@ def finetune(
     epochs: int = 2,
     learning_rate: float = 2e-4,
     seed: int = 0,
+    progress: bool = True,
 ) -> None:
     """Train all weights and a new head with AdamW in float32; save in bfloat16 with tokenizer."""
     torch.manual_seed(seed)
@@ -43,25 +44,9 @@ def finetune(
         label2id={name: number for number, name in labels.items()},
     )
     tokenizer = AutoTokenizer.from_pretrained(base)
-    batches = list(_batches(examples, names, tokenizer, shuffle=random.Random(seed)))
-    steps = epochs * len(batches)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / (0.1 * steps), (steps - step) / steps)
-    )
-    model.train()
-    with tqdm(total=steps, desc="fine-tuning", unit="step", disable=None, leave=False) as bar:
-        for epoch in range(epochs):
-            random.Random(seed + epoch).shuffle(batches)
-            for inputs, targets in batches:
-                loss = functional.cross_entropy(model(**inputs).logits, targets)
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
-                schedule.step()
-                bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
-                bar.update()
+    shuffled = list(batches(examples, names, tokenizer, shuffle=random.Random(seed)))
+    settings = training.Settings(epochs, learning_rate, seed)
+    training.fit(model, shuffled, settings, progress=progress)
     model.to(torch.bfloat16).save_pretrained(out)
     # Read anew: the one that batched the texts has taken on their padding and truncation.
     AutoTokenizer.from_pretrained(base).save_pretrained(out)
@@ -71,31 +56,26 @@ def accuracy(folder: Path, examples: Sequence[Example], names: Sequence[str]) ->
     """Share of examples whose label the model in ``folder`` predicts."""
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model.eval()
-    right = 0
-    with torch.inference_mode():
-        batches = list(_batches(examples, names, tokenizer))
-        for inputs, targets in tqdm(
-            batches, desc=f"testing {folder.name}", unit="batch", disable=None, leave=False
-        ):
-            right += int((model(**inputs).logits.argmax(-1) == targets).sum())
-    return right / len(examples)
+    bar = tqdm(
+        list(batches(examples, names, tokenizer)),
+        desc=f"testing {folder.name}",
+        unit="batch",
+        disable=None,
+        leave=False,
+    )
+    return training.class_measures(model, bar)["accuracy"]
 
 
-def _batches(
+def batches(
     examples: Sequence[Example],
     names: Sequence[str],
     tokenizer: Any,
     shuffle: random.Random | None = None,
-) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
-    """Batches of texts of alike length, so that little is spent on padding."""
+) -> Iterator[training.Batch]:
+    """Batches of texts of alike length."""
     tokens = tokenizer([e.text for e in examples], truncation=True, max_length=MAX_TOKENS)
-    order = list(range(len(examples)))
-    if shuffle:
-        shuffle.shuffle(order)  # ties in length then fall differently from seed to seed
-    order.sort(key=lambda i: len(tokens["input_ids"][i]))
-    for start in range(0, len(order), BATCH):
-        picked = order[start : start + BATCH]
+    lengths = [len(ids) for ids in tokens["input_ids"]]
+    for picked in training.by_length(lengths, BATCH, shuffle):
         features = {key: [tokens[key][i] for i in picked] for key in tokens}
         inputs = tokenizer.pad(features, return_tensors="pt")
         yield dict(inputs), torch.tensor([names.index(examples[i].label) for i in picked])

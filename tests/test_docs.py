@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import re
@@ -115,6 +116,17 @@ def test_spec_limits_are_the_code():
     }
     rules = set(re.findall(r"^\| ([A-Z]-[A-Z0-9]+) \|", SPEC.split("## 8. ")[1], re.M))
     assert {rule for *_, named in rows for rule in named.split(", ")} <= rules
+
+
+def test_fuzzing_figures_are_those_recorded():
+    text = (ROOT / "format_spec" / "FUZZING.md").read_text()
+    with (ROOT / "format_spec" / "fuzzing.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    for target in {row["target"] for row in rows}:
+        mine = [row for row in rows if row["target"] == target]
+        seconds, runs = (sum(int(r[n]) for r in mine) for n in ("cpu_seconds", "executions"))
+        assert f"| {target} | {seconds:,} | {runs:,} |" in text
+    assert f"{sum(int(row['cpu_seconds']) for row in rows):,} seconds" in text
 
 
 def test_readme_counts_the_vectors():
