@@ -93,6 +93,7 @@ def ours(
     """A real file: packed, unpacked, and weighed by its bytes."""
 
     def run(pair_: Pair, seed: int) -> Packed:
+        fisher = options.get("importance") == "fisher"
         if search:
             recipe = nps_compress.Recipe.with_subspaces(8, cuts, seed=seed, **options)  # type: ignore[arg-type]
         else:
@@ -106,8 +107,8 @@ def ours(
                 out / "t.nps",
                 recipe=recipe,
                 retain=retain,
-                calibration=task.calibration if search or retain else None,
-                generations=GENERATIONS,
+                calibration=task.calibration if search or retain or fisher else None,
+                generations=GENERATIONS if search else 0,
                 population=POPULATION,
             )
             nps_compress.unpack(task.base, out / "t.nps", out / "model")
@@ -137,6 +138,10 @@ def methods(full: bool) -> Iterator[tuple[str, str, bool, Method]]:
         yield "ComPEFT", at, False, baseline(baselines.compeft, False, density=d)
         yield "ours: magnitude", at, False, ours(prune="magnitude", density=d)
         yield "ours: sampled", at, True, ours(prune="sampled", density=d)
+        yield (
+            *("ours: sampled, Fisher", at, True),
+            ours(prune="sampled", density=d, importance="fisher"),
+        )
     for per in ("matrix", "row"):
         yield f"BitDelta per {per}", "1 bit", False, baseline(baselines.bitdelta, False, per=per)
     for bits in (1.0, 0.4):
@@ -176,8 +181,8 @@ def measure(name: str, full: bool, seeds: range, environment: Mapping[str, str])
     base = score(task, model, {**pair_.tuned, **pair_.base})
     floor = base if not task.higher_is_better else 0.0
     for method, setting, seeded, run in methods(full):
-        needs_search = method.startswith("NPS") or "retain" in method
-        if needs_search and task.kind not in SEARCHABLE:
+        needs_data = method.startswith("NPS") or method.endswith(("retain", "Fisher"))
+        if needs_data and task.kind not in SEARCHABLE:
             continue
         for seed in seeds if seeded else range(1):
             if (name, method, setting, str(seed)) in done:
@@ -254,7 +259,8 @@ def plot(path: Path) -> None:
     axes.axhline(100, color="0.6", linewidth=1, linestyle="--")
     axes.set_xlabel("bits per parameter, everything counted")
     axes.set_ylabel("kept of the fine-tune's quality, test data (%)")
-    axes.set_title("Mean over tasks")
+    names = sorted({row["task"] for row in read()})
+    axes.set_title(f"Mean over {len(names)} task(s): {', '.join(names)}")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=130)
