@@ -235,35 +235,48 @@ def append(row: Mapping[str, object]) -> None:
 
 
 def plot(path: Path) -> None:
-    """Retained share against bits, a line a method, the mean over the tasks that all have."""
+    """Retained share against bits: a panel a task, a line a method, the mean over its seeds.
+
+    Methods without a range of settings (searches, --retain) are single marks.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    points: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    for row in read():
-        if not row["method"].startswith("NPS") and "retain" not in row["method"]:
-            at = (float(row["bits_per_param"]), 100 * float(row["retained"]))
-            points.setdefault(row["method"], {}).setdefault(row["setting"], []).append(at)
-    figure, axes = pyplot.subplots(figsize=(9, 6), layout="constrained")
-    for method, settings in points.items():
-        means = sorted(
-            (sum(b for b, _ in found) / len(found), sum(r for _, r in found) / len(found))
-            for found in settings.values()
-        )
-        width = 2.5 if method.startswith("ours") else 1.2
-        axes.plot(*zip(*means, strict=True), marker="o", linewidth=width, label=method)
-    axes.set_xscale("log")
-    axes.set_ylim(bottom=40, top=104)
-    axes.axhline(100, color="0.6", linewidth=1, linestyle="--")
-    axes.set_xlabel("bits per parameter, everything counted")
-    axes.set_ylabel("kept of the fine-tune's quality, test data (%)")
-    names = sorted({row["task"] for row in read()})
-    axes.set_title(f"Mean over {len(names)} task(s): {', '.join(names)}")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=130)
+    found = read()
+    names = list(dict.fromkeys(row["task"] for row in found))
+    methods_seen = list(dict.fromkeys(row["method"] for row in found))
+    palette = pyplot.get_cmap("tab20")
+    colours = {method: palette(number) for number, method in enumerate(methods_seen)}
+    figure, panels = pyplot.subplots(
+        1, len(names), figsize=(5 * len(names), 5), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axes, name in zip(panels[0], names, strict=True):
+        for method in methods_seen:
+            settings: dict[str, list[tuple[float, float]]] = {}
+            for row in found:
+                if (row["task"], row["method"]) == (name, method):
+                    at = (float(row["bits_per_param"]), 100 * float(row["retained"]))
+                    settings.setdefault(row["setting"], []).append(at)
+            means = sorted(
+                (sum(b for b, _ in seeds) / len(seeds), sum(r for _, r in seeds) / len(seeds))
+                for seeds in settings.values()
+            )
+            width = 2.5 if method.startswith("ours") else 1.0
+            line, marks = [b for b, _ in means], [r for _, r in means]
+            colour = colours[method]
+            axes.plot(line, marks, marker="o", linewidth=width, color=colour, label=method)
+        axes.axhline(100, color="0.6", linewidth=1, linestyle="--")
+        axes.set_xscale("log")
+        axes.set_title(name)
+        axes.set_xlabel("bits per parameter, everything counted")
+        axes.grid(alpha=0.3)
+    panels[0][0].set_ylabel("kept of the fine-tune's quality, test data (%)")
+    panels[0][0].set_ylim(bottom=0, top=106)
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize=8)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
