@@ -40,10 +40,8 @@ def histogram_of(
     histogram = Histogram.empty()
     for start in range(0, base.size, SLICE):
         part = slice(start, start + SLICE)
-        before, after = (
-            to_float32(base[part], base_dtype),
-            to_float32(finetuned[part], finetuned_dtype),
-        )
+        before = to_float32(base[part], base_dtype)
+        after = to_float32(finetuned[part], finetuned_dtype)
         if not histogram.add(before, after, _part(importance, part)):
             return None
     return histogram

@@ -256,8 +256,7 @@ def load_model(folder: Path) -> tuple[Any, Any, bool]:
     except CheckpointError:
         raise
     except Exception as error:  # transformers raises whatever a broken folder leads to
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(folder, f"can't be loaded by transformers ({reason})") from error
+        raise _not_loadable(folder, error) from error
     if tokenizer.pad_token is None:  # any token will do: padding is masked
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     tokenizer.padding_side = "right"  # positions then count from the first token of the text
@@ -276,14 +275,18 @@ def classifies(folder: Path) -> bool:
     try:
         architecture = (AutoConfig.from_pretrained(folder).architectures or ["unknown"])[0]
     except Exception as error:  # as for load_model
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(folder, f"can't be loaded by transformers ({reason})") from error
+        raise _not_loadable(folder, error) from error
     is_classifier = architecture.endswith("ForSequenceClassification")
     if not is_classifier and not architecture.endswith(("ForCausalLM", "LMHeadModel")):
         raise CheckpointError(
             folder, f"is a {architecture}; a fitness needs a sequence classifier or a causal LM"
         )
     return bool(is_classifier)
+
+
+def _not_loadable(folder: Path, error: Exception) -> CheckpointError:
+    reason = " ".join(str(error).split())[:300]
+    return CheckpointError(folder, f"can't be loaded by transformers ({reason})")
 
 
 def natural_metric(folder: Path, rows: Sequence[Row]) -> FitnessName:

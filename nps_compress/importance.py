@@ -2,9 +2,8 @@
 
 ``fisher`` is a power of the diagonal of the Fisher information at the fine-tune: the mean square of
 the gradients of log p(y | x), with y drawn from the fine-tune's own outputs, so that no labels are
-needed (Kirkpatrick et al. 2017, arXiv 1612.00796, use the same diagonal to weigh changes). The
-fourth root is what served best in this project's measurements: the full power forgets too much of
-what the calibration data don't show.
+needed (Kirkpatrick et al. 2017, arXiv 1612.00796, use the same diagonal to weigh changes). A small
+power, because a high one forgets what the calibration data don't show; `make quality` measures it.
 
 Factors are rounded to powers of the square root of 2: what threads and devices add up in another
 order then nearly always comes out the same, and the values that are stored repeat.
@@ -61,12 +60,12 @@ def fisher(
                 if gradient is not None:
                     squares[name] += gradient.square()
         on_example()
-    return {name: _factors(square, squares) for name, square in squares.items()}
+    total = sum(float(square.sum(dtype=torch.float64)) for square in squares.values())
+    mean = total / sum(square.numel() for square in squares.values())
+    return {name: _factors(square, mean) for name, square in squares.items()}
 
 
-def _factors(square: torch.Tensor, squares: dict[str, torch.Tensor]) -> Float32:
-    total = sum(float(other.sum(dtype=torch.float64)) for other in squares.values())
-    mean = total / sum(other.numel() for other in squares.values())
+def _factors(square: torch.Tensor, mean: float) -> Float32:
     if not mean > 0:
         return np.ones(square.numel(), np.float32)
     relative = (square.double() / mean + DAMPING).cpu().numpy().reshape(-1)
