@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from nps_compress.packing import PackReport, pack
     from nps_compress.recipe import Recipe
     from nps_compress.reconstruct import Task, rebuild
-    from nps_compress.retain import Quality
+    from nps_compress.report import Quality
     from nps_compress.searching import search_recipe
     from nps_compress.sparse_safetensors import ExportReport, export_sparse, import_sparse
     from nps_compress.unpacking import UnpackReport, VerifyReport, unpack, verify
@@ -54,7 +54,7 @@ _HOME = {
     "OutputTooLargeError": "errors",
     "PackReport": "packing",
     "PickleRefusedError": "errors",
-    "Quality": "retain",
+    "Quality": "report",
     "Recipe": "recipe",
     "RecipeError": "errors",
     "RetainError": "errors",

@@ -17,7 +17,7 @@ from nps_compress.errors import NpsError, SearchInterruptedError
 if TYPE_CHECKING:
     from nps_compress.packing import PackReport
     from nps_compress.recipe import Recipe
-    from nps_compress.retain import Quality
+    from nps_compress.report import Quality
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -233,10 +233,10 @@ def pack(
         return
     if calibration is None and recipe_path is None and not lossless:
         click.echo("no calibration data: nothing was searched, all coefficients are 1")
-    elif report.quality:
-        _print_quality(report.quality)
     elif report.recipe and report.recipe.search:
         _print_search(report.recipe)
+    if report.quality:
+        _print_quality(report.quality)
 
 
 @main.command()
@@ -392,12 +392,17 @@ def inspect(task: Path, as_json: bool) -> None:
       nps-compress inspect law.nps --json | jq .bits_per_param
     """
     from nps_compress.inspection import inspect as run
+    from nps_compress.report import ERROR_MEANING, Quality, recipe_words
 
     found = run(task)
     if as_json:
         _print_json(found)
         return
-    rows = [("tensor", "op", "dtype", "shape", "density", "bytes", "bits/param", "codecs")]
+    has_errors = any(tensor["relative_error"] is not None for tensor in found["tensors"])
+    rows: list[tuple[str, ...]] = [
+        ("tensor", "op", "dtype", "shape", "density", "bytes", "bits/param", "codecs")
+        + ("error",) * has_errors
+    ]
     for tensor in found["tensors"]:
         name, base_tensor = tensor["name"], tensor["base_tensor"]
         if base_tensor not in (None, name):
@@ -413,6 +418,7 @@ def inspect(task: Path, as_json: bool) -> None:
                 f"{tensor['bits_per_param']:.3f}",
                 "+".join(tensor["codecs"]),
             )
+            + (_or_nothing(tensor["relative_error"]),) * has_errors
         )
     _print_table(rows)
     for file in found["files"]:
@@ -422,6 +428,15 @@ def inspect(task: Path, as_json: bool) -> None:
         f"{found['density']:.5f}), {found['file_bytes']:,} bytes, "
         f"{found['bits_per_param']:.4g} bits per parameter"
     )
+    recipe = recipe_words(found["metadata"])
+    if recipe:
+        click.echo(f"recipe: {recipe}")
+    if found["relative_error"] is not None:
+        click.echo(f"relative error {_or_nothing(found['relative_error'])} ({ERROR_MEANING})")
+    quality = Quality.from_metadata(found["metadata"])
+    if quality:
+        click.echo("quality, as measured by who packed:")
+        _print_table([(f"  {label}", value) for label, value in quality.rows()])
     click.echo(
         f"base {found['base_name']}: {found['base_tensors']} tensors, root {found['base_root']}"
     )
@@ -531,14 +546,27 @@ def _print_search(recipe: Recipe) -> None:
     )
 
 
+def _or_nothing(error: float | None) -> str:
+    return "" if error is None else f"{error:.3g}"
+
+
 def _print_quality(quality: Quality) -> None:
-    click.echo(
+    said = (
         f"{quality.metric} on {quality.examples} calibration examples: base {quality.base:.5g}, "
-        f"fine-tune {quality.finetuned:.5g}, packed {quality.packed:.5g}: {quality.retained:.2%} "
-        f"kept at density {quality.density:.3g}, found in {len(quality.trials)} trials; on other "
-        f"data of this kind expect {quality.low:.2%} to {quality.high:.2%}"
+        f"fine-tune {quality.finetuned:.5g}, packed {quality.packed:.5g}"
     )
-    if quality.examples_needed > quality.examples:
+    if quality.retained is None:
+        said += ", of which no share can be stated"
+    else:
+        said += f": {quality.retained:.2%} kept at density {quality.density:.3g}"
+    if quality.trials:
+        said += f", found in {len(quality.trials)} trials"
+    if quality.low is not None and quality.high is not None:
+        # Coefficients are fitted to these very examples: no promise for others follows from them.
+        where = "on other data of this kind expect" if quality.trials else "95 % interval"
+        said += f"; {where} {quality.low:.2%} to {quality.high:.2%}"
+    click.echo(said)
+    if quality.target is not None and quality.examples_needed > (quality.examples or 0):
         click.echo(
             f"warning: {quality.examples} examples are too few to promise {quality.target:.2%}; "
             f"about {quality.examples_needed} would be enough",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from nps_compress.format.layout import MAJOR, MINOR
 from nps_compress.format.reader import NpsReader
+from nps_compress.report import Quality, errors_from_metadata
 from nps_compress.unpacking import open_task
 
 
@@ -14,8 +16,10 @@ def inspect(path: str | Path) -> dict[str, Any]:
     """Tables and totals as JSON values.
 
     ``tensors``: name, op (copy, delta, new, or deleted: only the base has it), shape, dtype,
-    numel, nnz, density, stored_bytes, bits_per_param, codecs, base_tensor. ``density`` is kept
-    elements over all of the fine-tune's, ``bits_per_param`` file bytes x 8 over the same.
+    numel, nnz, density, stored_bytes, bits_per_param, codecs, base_tensor, relative_error.
+    ``density`` is kept elements over all of the fine-tune's, ``bits_per_param`` file bytes x 8 over
+    the same. ``quality`` and ``relative_error`` are what the file says of itself, which nothing
+    here can check; None where it says nothing that can be read.
     ``content_sha256`` identifies the fine-tune however it is encoded, ``file_sha256`` this file:
     what a detached signature covers (SPEC.md, security).
 
@@ -24,9 +28,12 @@ def inspect(path: str | Path) -> dict[str, Any]:
     """
     with open_task(path) as task:
         reader = task.reader
+        overall, errors = errors_from_metadata(reader.metadata, len(reader.tensors))
         tensors = [
-            _tensor(reader, entry.name, number) for number, entry in enumerate(reader.tensors)
+            _tensor(reader, entry.name, number) | {"relative_error": errors[number]}
+            for number, entry in enumerate(reader.tensors)
         ]
+        quality = Quality.from_metadata(reader.metadata)
         used = {entry.base_index for entry in reader.tensors}
         present = {entry.name for entry in reader.tensors}
         tensors += [
@@ -42,6 +49,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
                 "bits_per_param": 0.0,
                 "codecs": [],
                 "base_tensor": tensor.name,
+                "relative_error": None,
             }
             for index, tensor in enumerate(reader.base)
             if index not in used and tensor.name not in present
@@ -71,6 +79,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
                 }
                 for entry in reader.files
             ],
+            "quality": asdict(quality) if quality else None,
+            "relative_error": overall,
             "metadata": dict(reader.metadata),
         }
 

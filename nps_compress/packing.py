@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from nps_compress.atomic import atomic_file, refuse_existing, refuse_input_as_ou
 from nps_compress.candidates import SLICE, Pruner
 from nps_compress.checkpoint import Checkpoint, Pair, open_checkpoint, pair
 from nps_compress.codecs import EncodedChunk, ValueCodec, best_value_codec, encode_chunk
+from nps_compress.distortion import Distortion, distortion, total
 from nps_compress.dtypes import DType, Words, digest
 from nps_compress.errors import BaseMismatchError, InvalidArgumentError
 from nps_compress.format.layout import MIN_CHUNK_LOG2, Op
@@ -26,10 +26,8 @@ from nps_compress.format.writer import NpsWriter, check_name
 from nps_compress.prune import Selection
 from nps_compress.recipe import Recipe
 from nps_compress.reconstruct import BASE_NAME_KEY, FINETUNED_NAME_KEY
+from nps_compress.report import Quality, errors_to_metadata
 from nps_compress.searching import RetainJob, SearchJob, counted, input_files, memory_budget
-
-if TYPE_CHECKING:
-    from nps_compress.retain import Quality
 
 # Side files up to this size are stored even where the base has the same: a config is often
 # rewritten when a base is saved again, a vocabulary hardly ever.
@@ -42,7 +40,8 @@ _NEW_CHUNK_LOG2 = 20
 class PackReport:
     """What was packed. ``density`` counts kept elements among all of the fine-tune's.
 
-    ``quality``: what was kept, where a share of it was asked for.
+    ``quality``: what was kept, where it was measured: with a search, or a share asked for.
+    ``relative_error``: of the pruned tensors (see distortion.py); None where none were pruned.
     """
 
     path: Path
@@ -53,6 +52,7 @@ class PackReport:
     base_root: str
     recipe: Recipe | None
     quality: Quality | None = None
+    relative_error: float | None = None
 
     @property
     def density(self) -> float:
@@ -117,12 +117,12 @@ def pack(
     for name in (*pair_.base.tensors, *pair_.finetuned.tensors):
         check_name(name)
     pruner = None if lossless else counted(pair_, recipe, calibration, progress)
-    if pruner and search:
-        pruner.recipe = search.run(pruner, progress)
     quality = None
-    metadata: dict[str, str] = {}
+    if pruner and search:
+        quality = search.run_and_report(pruner, progress)
     if pruner and asked:
-        quality, metadata = asked.run(pruner, progress)
+        quality = asked.run(pruner, progress)
+    metadata = quality.to_metadata() if quality else {}
     report = write(pair_, pruner, out, metadata, force, progress)
     if search:
         search.state.unlink(missing_ok=True)
@@ -134,6 +134,7 @@ class _Encoded:
     entry: TensorEntry
     chunks: list[EncodedChunk]
     base: BaseTensor | None
+    distortion: Distortion = Distortion()  # noqa: RUF009
 
 
 def write(
@@ -166,6 +167,7 @@ def write(
     if pruner:
         said["recipe"] = json.dumps(pruner.recipe.to_dict())
     nnz, known = 0, {}
+    distortions: list[Distortion] = []
     with atomic_file(out, force) as stream:
         writer = NpsWriter(stream)
         with bar(len(finetuned.tensors), "packing", "tensor", progress) as advance:
@@ -177,6 +179,7 @@ def write(
             ):
                 writer.add_chunks(encoded.chunks)
                 writer.add_tensor(encoded.entry)
+                distortions.append(encoded.distortion)
                 nnz += sum(chunk.nnz for chunk in encoded.chunks)
                 if encoded.base:
                     known[encoded.base.name] = encoded.base
@@ -192,6 +195,9 @@ def write(
             made_from = metadata.get(BASE_NAME_KEY, "unnamed base")
             what = f"root {required_base_root}"
             raise BaseMismatchError(base.path, what, f"is {root}", printable(made_from))
+        overall = total(distortions).relative if pruner else None
+        if overall is not None:
+            said |= errors_to_metadata(overall, [each.relative for each in distortions])
         file_bytes = writer.finish(table, {**said, **metadata})
     return PackReport(
         out,
@@ -201,6 +207,7 @@ def write(
         sum(tensor.nbytes for tensor in finetuned.tensors.values()),
         root,
         pruner.recipe if pruner else None,
+        relative_error=overall,
     )
 
 
@@ -217,9 +224,11 @@ def _encode(
     if base_name is None or (pruner is None and base_dtype != stored.dtype):
         return _encode_new(name, stored.dtype, stored.shape, pair_.finetuned.read(name))
     assert base_dtype is not None
+    moved = Distortion()
     if pruner:
         loaded = pruner.load(name)
         before, after = loaded[0], pruner.prune(name, loaded, selection)
+        moved = distortion(*loaded, after)
     else:
         before, after = pair_.base.read(base_name), pair_.finetuned.read(name)
     identity = _identify(pair_.base, base_name, before)
@@ -239,7 +248,7 @@ def _encode(
     entry = TensorEntry(
         name, base_dtype, stored.shape, op, codec, chunk_log2, base_index[base_name], sha256
     )
-    return _Encoded(entry, chunks, identity)
+    return _Encoded(entry, chunks, identity, moved)
 
 
 def _encode_new(name: str, dtype: DType, shape: tuple[int, ...], words: Words) -> _Encoded:

@@ -7,75 +7,23 @@ costs more trials than bisection and does not trust one lucky draw far down.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from nps_compress.candidates import LiveModel, Pruner
 from nps_compress.errors import InvalidArgumentError, RetainError
 from nps_compress.fitness import Fitness, Measured
+from nps_compress.report import OVER_BASE, Quality, Trial
 
 LARGEST_DENSITY, STEP, REFINEMENTS = 0.5, math.sqrt(2), 2
 SMALLEST_DENSITY = 1e-5
 _FAILURES = 2
 _RESAMPLES, _CONFIDENCE = 2000, 0.95
 METRICS = ("agreement", "accuracy", "loss")
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One density that was tried, and the share that it kept."""
-
-    density: float
-    retained: float
-
-
-@dataclass(frozen=True)
-class Quality:
-    """What was kept, on calibration data.
-
-    ``retained`` is the share of the fine-tune's score that the packed model reaches; for ``loss``,
-    of its gain over the base. ``low`` and ``high``: its 95 % bootstrap interval over examples,
-    which is what to expect on other data of the same kind. ``base`` has the fine-tune's own new
-    tensors (its head), and nothing of its task vector.
-    """
-
-    metric: str
-    examples: int
-    target: float
-    density: float
-    base: float
-    finetuned: float
-    packed: float
-    retained: float
-    low: float
-    high: float
-    trials: tuple[Trial, ...]
-
-    @property
-    def examples_needed(self) -> int:
-        """Examples with which the interval would reach no further than (1 - target) below.
-
-        Its width falls with the square root of their number.
-        """
-        room = max(1 - self.target, 1e-3)
-        return math.ceil(self.examples * max(1.0, ((self.retained - self.low) / room) ** 2))
-
-    def to_metadata(self) -> dict[str, str]:
-        """Flat strings for the metadata of a file."""
-        texts = {
-            name: f"{getattr(self, name):.6g}"
-            for name in ("examples", "target", "density", "base", "finetuned", "packed", "retained")
-        }
-        return {
-            "quality_metric": self.metric,
-            **{f"quality_{name}": text for name, text in texts.items()},
-            "quality_interval": f"{self.low:.6g} to {self.high:.6g}",
-            "quality_trials": json.dumps([[t.density, round(t.retained, 6)] for t in self.trials]),
-        }
 
 
 def check_retain(share: float, metric: str) -> None:
@@ -141,24 +89,46 @@ def find_density(
             failed = [middle]
     density, found = best
     pruner.recipe = replace(pruner.recipe, density=density)
-    low, high = _interval(fitness.name, base, finetuned, found)
-    return Quality(
+    return report_quality(
         fitness.name,
-        len(found.counts),
-        share,
-        density,
-        base.score,
-        finetuned.score,
-        found.score,
-        _retained(fitness.name, base, finetuned, found),
-        low,
-        high,
-        tuple(trials),
+        base,
+        finetuned,
+        found,
+        target=share,
+        density=density,
+        trials=tuple(trials),
+        seed=pruner.recipe.seed,
+        evaluations=len(trials),
+    )
+
+
+def report_quality(
+    metric: str, base: Measured, finetuned: Measured, packed: Measured, **known: Any
+) -> Quality:
+    """What a packed model keeps of its fine-tune, all three measured on the same examples.
+
+    known: further fields of the report. No share is stated where the fine-tune is no better than
+    its base, or a score is not finite.
+    """
+    scores = (base.score, finetuned.score, packed.score)
+    floor = base.score if metric in OVER_BASE else 0.0
+    if all(map(math.isfinite, scores)) and finetuned.score > floor:
+        retained = _retained(metric, base, finetuned, packed)
+        low, high = _interval(metric, base, finetuned, packed)
+        found = {"retained": retained, "low": low, "high": high}
+        known |= {name: value for name, value in found.items() if math.isfinite(value)}
+    return Quality(
+        metric,
+        len(packed.counts),
+        base=base.score,
+        finetuned=finetuned.score,
+        packed=packed.score,
+        **known,
     )
 
 
 def _retained(metric: str, base: Measured, finetuned: Measured, found: Measured) -> float:
-    floor = base.score if metric == "loss" else 0.0
+    floor = base.score if metric in OVER_BASE else 0.0
     share = (found.score - floor) / (finetuned.score - floor)
     return share if math.isfinite(share) else -math.inf
 
@@ -173,7 +143,9 @@ def _interval(
     for _ in range(_RESAMPLES):
         picked = rng.integers(0, size, size)
         drawn = [Measured(m.sums[picked], m.counts[picked]) for m in (base, finetuned, found)]
-        if drawn[0].counts.sum() and drawn[1].score != (drawn[0].score if metric == "loss" else 0):
+        if drawn[0].counts.sum() and drawn[1].score != (
+            drawn[0].score if metric in OVER_BASE else 0
+        ):
             shares.append(_retained(metric, *drawn))
     tail = 50 * (1 - _CONFIDENCE)
     low, high = np.percentile(shares, [tail, 100 - tail]) if shares else (-math.inf, math.inf)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nps_compress._progress import bar
 from nps_compress._threads import MEMORY_SLACK
 from nps_compress.atomic import refuse_existing, refuse_input_as_output
-from nps_compress.candidates import Pruner, find_coefficients
+from nps_compress.candidates import LiveModel, Pruner, find_coefficients
 from nps_compress.checkpoint import Pair, open_checkpoint, pair
 from nps_compress.errors import InvalidArgumentError
 from nps_compress.recipe import Recipe
+from nps_compress.report import Quality, task_of
 from nps_compress.search import Progress, check_search_options, population_size
 
 if TYPE_CHECKING:
-    from nps_compress.retain import Quality
+    from nps_compress.fitness import Fitness, Row
 
 
 def search_recipe(
@@ -84,9 +86,9 @@ class RetainJob:
         self.rows = read_jsonl(calibration)
         self.calibration, self.metric, self.share = calibration, metric, share
 
-    def run(self, pruner: Pruner, progress: bool) -> tuple[Quality, dict[str, str]]:
-        """Set the pruner's density; returns what it keeps, and the same as metadata."""
-        from nps_compress.fitness import Fitness, data_digest, natural_metric
+    def run(self, pruner: Pruner, progress: bool) -> Quality:
+        """Set the pruner's density; returns what it keeps."""
+        from nps_compress.fitness import Fitness, natural_metric
         from nps_compress.retain import find_density
 
         folder = pruner.pair.finetuned.path
@@ -99,8 +101,7 @@ class RetainJob:
                 self.share,
                 lambda trial: advance(f"density {trial.density:.3g} keeps {trial.retained:.2%}"),
             )
-        digest = {"quality_data_sha256": data_digest(self.rows)}
-        return quality, quality.to_metadata() | digest
+        return _bound(quality, pruner, self.rows)
 
 
 class SearchJob:
@@ -126,10 +127,39 @@ class SearchJob:
 
     def run(self, pruner: Pruner, progress: bool) -> Recipe:
         """The pruner's recipe with the best coefficients found."""
-        from nps_compress.fitness import Fitness, data_digest
+        return self._search(pruner, self._load(pruner), progress)
+
+    def run_and_report(self, pruner: Pruner, progress: bool) -> Quality:
+        """Set the pruner's recipe to the best found; returns what it keeps."""
+        from nps_compress.retain import report_quality
+
+        fitness = self._load(pruner)
+        finetuned = fitness.measure()  # while the model is the fine-tune
+        pruner.recipe = self._search(pruner, fitness, progress)
+        live = LiveModel(pruner, fitness.model)
+        live.apply_base()
+        base = fitness.measure()
+        live.apply()
+        quality = report_quality(
+            fitness.name,
+            base,
+            finetuned,
+            fitness.measure(),
+            density=pruner.recipe.density,
+            seed=pruner.recipe.seed,
+            evaluations=pruner.recipe.search["evaluations"],
+        )
+        return _bound(quality, pruner, self.rows)
+
+    def _load(self, pruner: Pruner) -> Fitness:
+        from nps_compress.fitness import Fitness
 
         folder = pruner.pair.finetuned.path
-        fitness = Fitness(folder, self.rows, self.fitness, source=self.calibration)
+        return Fitness(folder, self.rows, self.fitness, source=self.calibration)
+
+    def _search(self, pruner: Pruner, fitness: Fitness, progress: bool) -> Recipe:
+        from nps_compress.fitness import data_digest
+
         size = self.population
         if size is None:
             size = population_size(len(pruner.recipe.coefficients))
@@ -149,6 +179,13 @@ class SearchJob:
                 data_digest(self.rows),
                 show,
             )
+
+
+def _bound(quality: Quality, pruner: Pruner, rows: Sequence[Row]) -> Quality:
+    """The report with what ties it to the model and the data."""
+    from nps_compress.fitness import data_digest
+
+    return replace(quality, task=task_of(pruner.pair.finetuned), data_sha256=data_digest(rows))
 
 
 def memory_budget(pair_: Pair) -> int:

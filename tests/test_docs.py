@@ -16,6 +16,7 @@ from nps_compress.codecs import MaskCodec, ValueCodec
 from nps_compress.dtypes import DTYPES
 from nps_compress.format import layout
 from nps_compress.format.writer import NpsWriter
+from nps_compress.report import Quality, Trial, errors_to_metadata
 
 README = (ROOT / "README.md").read_text()
 SPEC = (ROOT / "format_spec" / "SPEC.md").read_text()
@@ -88,6 +89,14 @@ def test_spec_rules_are_those_raised():
     source = "".join(path.read_text() for path in (ROOT / "nps_compress").rglob("*.py"))
     raised = set(re.findall(r'"([A-Z]-[A-Z0-9]+)"', source))
     assert set(listed) == raised
+
+
+def test_spec_lists_the_metadata():
+    section = SPEC.split("### 3.6 ")[1].split("###")[0]
+    cells = re.findall(r"^\| (quality_.*?) \|", section, re.M)
+    stated = [key for cell in cells for key in cell.split(", ")]
+    full = Quality("kl", *[0.5] * 9, (Trial(0.5, 1.0),), "causal-lm", 0, 1, "ab" * 32)
+    assert sorted(stated) == sorted({**full.to_metadata(), **errors_to_metadata(0.5, [0.5])})
 
 
 def test_spec_limits_are_the_code():

@@ -1,0 +1,415 @@
+"""The quality report in a file: what it states is true, and a hostile one does no harm."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import write_checkpoint
+from safetensors.torch import load_file
+
+import nps_compress
+from nps_compress import Quality, Recipe
+from nps_compress import retain as retain_module
+from nps_compress.checkpoint import open_checkpoint
+from nps_compress.cli import main
+from nps_compress.codecs import ValueCodec
+from nps_compress.distortion import _SLICE, Distortion, distortion, total
+from nps_compress.dtypes import BY_NAME, round_float32
+from nps_compress.fitness import Fitness, Measured, data_digest, load_model, read_jsonl
+from nps_compress.format.layout import Op
+from nps_compress.format.records import BaseTensor, TensorEntry
+from nps_compress.format.writer import NpsWriter
+from nps_compress.report import (
+    Trial,
+    errors_from_metadata,
+    errors_to_metadata,
+    recipe_words,
+    task_of,
+)
+
+FULL = Quality(
+    metric="accuracy",
+    examples=240,
+    target=0.99,
+    density=0.0125,
+    base=0.17,
+    finetuned=0.6,
+    packed=0.596,
+    retained=0.99375,
+    low=0.97,
+    high=1.01,
+    trials=(Trial(0.5, 1.0), Trial(0.25, 0.9)),
+    task="sequence-classification",
+    seed=7,
+    evaluations=2,
+    data_sha256="ab" * 32,
+)
+# Text that drives a terminal, a browser, a shell, YAML and a Markdown table.
+EVIL = "\x1b[31m`</code><script>x</script>|\n---\nbase_model: evil\n# $(reboot) ‮"
+NO_NUMBERS = ("nan", "inf", "-inf", "1e999", "1_000", " 1", "\u0661", "0x1", "", "9" * 400, EVIL)
+
+
+def run(*arguments: object) -> str:
+    done = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def write_file(path: Path, metadata: dict[str, str], name: str = "w") -> Path:
+    """A file of one copied tensor that says of itself what is given."""
+    stream = io.BytesIO()
+    writer = NpsWriter(stream)
+    dtype = BY_NAME["F32"]
+    base = BaseTensor(name, dtype, (4,), bytes(32))
+    writer.add_tensor(TensorEntry(name, dtype, (4,), Op.COPY, ValueCodec.NONE, 0, 0, bytes(32)))
+    writer.finish([base], metadata)
+    path.write_bytes(stream.getvalue())
+    return path
+
+
+class TestMetadata:
+    def test_round_trip(self):
+        assert Quality.from_metadata(FULL.to_metadata()) == FULL
+        assert Quality.from_metadata(Quality("kl").to_metadata()) == Quality("kl")
+
+    def test_strings_are_flat_and_named(self):
+        texts = FULL.to_metadata()
+        assert texts["quality_interval"] == "0.97 to 1.01"
+        assert texts["quality_examples"] == "240"
+        assert texts["quality_seed"] == "7"
+        assert json.loads(texts["quality_trials"]) == [[0.5, 1.0], [0.25, 0.9]]
+        assert set(texts) == {
+            f"quality_{name}"
+            for name in (
+                *("task", "metric", "base", "finetuned", "packed", "retained", "interval"),
+                *("examples", "target", "density", "trials", "seed", "evaluations", "data_sha256"),
+            )
+        }
+
+    def test_integers_stay_whole(self):
+        quality = Quality("loss", examples=12_345_678, seed=2**32 - 1)
+        assert Quality.from_metadata(quality.to_metadata()) == quality
+
+    def test_what_is_not_finite_is_not_written(self):
+        quality = Quality("loss", base=-math.inf, packed=math.nan, low=-math.inf, high=math.inf)
+        assert quality.to_metadata() == {"quality_metric": "loss"}
+
+    def test_absent(self):
+        assert Quality.from_metadata({}) is None
+        assert Quality.from_metadata({"quality_base": "0.5", "tool": "x"}) is None
+
+    @pytest.mark.parametrize("bad", NO_NUMBERS)
+    def test_malformed_numbers_are_left_out(self, bad):
+        texts = dict.fromkeys(FULL.to_metadata(), bad)
+        texts |= {"quality_metric": "loss", "quality_task": EVIL}
+        assert Quality.from_metadata(texts) == Quality("loss")
+
+    @pytest.mark.parametrize("bad", ["", EVIL, "a" * 65, "\x1b", "accuracy\n", "ä"])
+    def test_malformed_metric(self, bad):
+        assert Quality.from_metadata({**FULL.to_metadata(), "quality_metric": bad}) is None
+
+    @pytest.mark.parametrize(
+        "bad",
+        [
+            *("[" * 100_000, "[[1]]", "[[1, NaN]]", "{}", '[["a", 1]]', "[[1e999, 1]]"),
+            *("[[true, 1]]", "[[1" + "0" * 5000 + ", 1]]", f"[[{10**400}, 1]]"),
+        ],
+    )
+    def test_malformed_trials(self, bad):
+        found = Quality.from_metadata({**FULL.to_metadata(), "quality_trials": bad})
+        assert found is not None
+        assert found.trials == ()
+
+    def test_errors(self):
+        texts = errors_to_metadata(0.123456, [0.0, 1.0, 0.98765, 12.345, 1e-9])
+        assert texts["quality_tensor_errors"] == "0 1 0.988 12.3 1e-09"
+        assert errors_from_metadata(texts, 5) == (0.123, [0.0, 1.0, 0.988, 12.3, 1e-9])
+        assert errors_from_metadata(texts, 4) == (0.123, [None] * 4)
+        assert errors_from_metadata({}, 2) == (None, [None] * 2)
+        odd = {"quality_error": "-1", "quality_tensor_errors": "0.5 -1 nan inf 1e999 x"}
+        assert errors_from_metadata(odd, 6) == (None, [0.5, None, None, None, None, None])
+
+    def test_errors_leave_room_for_other_metadata(self):
+        assert set(errors_to_metadata(0.5, [0.123] * 200_000)) == {"quality_error"}
+
+    @pytest.mark.parametrize(
+        "bad",
+        [
+            *("", "[", "[" * 100_000, "[]", "{}", '{"prune": "best", "density": 0.1}'),
+            *(f'{{"prune": "sampled", "density": {d}}}' for d in (2, "NaN", "true", "[]", "1e999")),
+            *('{"prune": ["sampled"], "density": 0.1}', '{"prune": {}, "density": 0.1}'),
+        ],
+    )
+    def test_recipes_that_make_no_sense(self, bad):
+        assert recipe_words({"recipe": bad}) is None
+
+    def test_recipe_in_words(self):
+        recipe = Recipe.with_subspaces(3, "tail", density=0.02, seed=5).to_dict()
+        recipe["search"] = {"evaluations": 31}
+        assert recipe_words({"recipe": json.dumps(recipe)}) == (
+            "the largest 0.02 of the changes, ranked by size over the whole model; 3 subspaces "
+            "with a coefficient each; searched in 31 evaluations; seed 5"
+        )
+        recipe |= {"search": {"evaluations": EVIL}, "seed": EVIL, "coefficients": EVIL}
+        assert recipe_words({"recipe": json.dumps(recipe)}) == (
+            "the largest 0.02 of the changes, ranked by size over the whole model"
+        )
+
+    @pytest.mark.parametrize(
+        ("config", "kind"),
+        [
+            ('{"architectures": ["BertForSequenceClassification"]}', "sequence-classification"),
+            ('{"architectures": ["LlamaForCausalLM"]}', "causal-lm"),
+            ('{"architectures": ["GPT2LMHeadModel"]}', "causal-lm"),
+            ('{"architectures": ["BertModel"]}', None),
+            ('{"architectures": ["For<b>"]}', None),
+            ('{"architectures": [1]}', None),
+            ('{"architectures": []}', None),
+            ("[]", None),
+            ("{", None),
+        ],
+    )
+    def test_task_of(self, tmp_path, config, kind):
+        folder = write_checkpoint(tmp_path / "m", {"w": torch.ones(1)}, config=config)
+        assert task_of(open_checkpoint(folder)) == kind
+        assert task_of(open_checkpoint(folder / "model.safetensors")) is None
+
+
+class TestDistortion:
+    def test_by_hand(self):
+        f32, bf16 = BY_NAME["F32"], BY_NAME["BF16"]
+
+        def words(*values):
+            return np.array(values, np.float32).view(np.uint32)
+
+        base, tuned = words(1, 1, 1), words(4, 5, 1)
+        for packed, relative in (
+            (words(4, 5, 1), 0),
+            (words(1, 1, 1), 1),
+            (words(4, 1, 1), 4 / 5),
+            (words(11, 5, 1), 7 / 5),
+        ):
+            assert distortion(base, f32, tuned, f32, packed).relative == pytest.approx(relative)
+        # The fine-tune in a wider dtype than base and packed.
+        narrow = [round_float32(w.view(np.float32), bf16) for w in (base, words(4, 1, 1))]
+        assert distortion(narrow[0], bf16, tuned, f32, narrow[1]) == Distortion(16, 25)
+        assert total([Distortion(16, 25), Distortion(9, 75), Distortion()]).relative == 0.5
+        assert distortion(base, f32, base, f32, base).relative == 0
+
+    def test_sums_are_float64_over_all_slices(self):
+        f32 = BY_NAME["F32"]
+        size = 2 * _SLICE + 17
+        rng = np.random.default_rng(0)
+        base, tuned, packed = (rng.standard_normal(size).astype(np.float32) for _ in range(3))
+        tuned *= 1e20  # squares overflow float32
+        words = [w.view(np.uint32) for w in (base, tuned, packed)]
+        found = distortion(words[0], f32, words[1], f32, words[2])
+        wide = [w.astype(np.float64) for w in (base, tuned, packed)]
+        assert found.lost == pytest.approx(((wide[2] - wide[1]) ** 2).sum(), rel=1e-12)
+        assert found.changed == pytest.approx(((wide[1] - wide[0]) ** 2).sum(), rel=1e-12)
+
+    @pytest.mark.parametrize("prune", ["magnitude", "sampled"])
+    def test_the_file_states_what_unpacking_gives(self, tiny, tmp_path, prune):
+        base, tuned = tiny
+        recipe = Recipe(prune=prune, density=0.1)
+        report = nps_compress.pack(base, tuned, tmp_path / "t.nps", recipe=recipe)
+        nps_compress.unpack(base, tmp_path / "t.nps", tmp_path / "out")
+        old, new, got = (
+            load_file(folder / "model.safetensors") for folder in (base, tuned, tmp_path / "out")
+        )
+        found = nps_compress.inspect(tmp_path / "t.nps")
+        lost, changed = 0.0, 0.0
+        for tensor in found["tensors"]:
+            name = tensor["name"]
+            if name in ("layer.attention", "layer.mlp"):
+                off = float((got[name].double() - new[name].double()).square().sum())
+                moved = float((new[name].double() - old[name].double()).square().sum())
+                expected = math.sqrt(off / moved)
+                assert expected > 0.1
+                assert tensor["relative_error"] == pytest.approx(expected, rel=6e-3)
+                lost, changed = lost + off, changed + moved
+            else:  # new, unchanged, not a float; "pooler" is the base's alone
+                assert tensor["relative_error"] == (None if name == "pooler" else 0)
+        assert found["relative_error"] == pytest.approx(math.sqrt(lost / changed), rel=6e-3)
+        assert report.relative_error == pytest.approx(math.sqrt(lost / changed))
+        assert (found["relative_error"] > 1) == (prune == "sampled")
+
+    def test_nothing_lost_is_all_zeros(self, tmp_path):
+        base = write_checkpoint(tmp_path / "a", {n: torch.arange(99.0) for n in "xyz"})
+        tuned = write_checkpoint(
+            tmp_path / "b", {n: torch.arange(99.0) + (n != "z") for n in "xyz"}
+        )
+        nps_compress.pack(base, tuned, tmp_path / "t.nps", recipe=Recipe(density=1.0))
+        metadata = nps_compress.inspect(tmp_path / "t.nps")["metadata"]
+        assert metadata["quality_error"] == "0"
+        assert metadata["quality_tensor_errors"] == "0 0 0"
+
+    def test_a_tensor_whose_changes_are_all_dropped(self, tmp_path):
+        base = write_checkpoint(tmp_path / "a", {n: torch.zeros(100) for n in "xy"})
+        tuned = write_checkpoint(
+            tmp_path / "b", {"x": torch.full((100,), 1e-3), "y": torch.full((100,), 1.0)}
+        )
+        nps_compress.pack(base, tuned, tmp_path / "t.nps", recipe=Recipe(density=0.5))
+        x, y = nps_compress.inspect(tmp_path / "t.nps")["tensors"]
+        assert (x["op"], x["relative_error"]) == ("copy", 1)
+        assert (y["op"], y["relative_error"]) == ("delta", 0)
+
+    def test_not_finite_tensors_are_exact(self, tmp_path):
+        broken = torch.ones(100)
+        broken[3] = float("nan")
+        base = write_checkpoint(tmp_path / "a", {n: torch.zeros(100) for n in "xy"})
+        tuned = write_checkpoint(tmp_path / "b", {"x": broken, "y": torch.ones(100)})
+        nps_compress.pack(base, tuned, tmp_path / "t.nps", recipe=Recipe(density=0.25))
+        x, y = nps_compress.inspect(tmp_path / "t.nps")["tensors"]
+        assert x["relative_error"] == 0
+        assert 0.5 < y["relative_error"] < 1
+
+    def test_lossless_files_state_none(self, tiny, tmp_path):
+        report = nps_compress.pack(*tiny, tmp_path / "t.nps", lossless=True)
+        found = nps_compress.inspect(tmp_path / "t.nps")
+        assert report.relative_error is None
+        assert found["relative_error"] is None
+        assert {tensor["relative_error"] for tensor in found["tensors"]} == {None}
+        assert not [key for key in found["metadata"] if key.startswith("quality_")]
+
+    def test_it_travels_with_an_export(self, tiny, tmp_path):
+        nps_compress.pack(*tiny, tmp_path / "t.nps")
+        patch = tmp_path / "p.safetensors"
+        nps_compress.export_sparse(tiny[0], tmp_path / "t.nps", patch)
+        nps_compress.import_sparse(tiny[0], patch, tmp_path / "u.nps")
+        first, second = (nps_compress.inspect(tmp_path / f"{n}.nps") for n in "tu")
+        assert first["tensors"] == second["tensors"]
+        assert first["relative_error"] == second["relative_error"] is not None
+
+
+def measured(*values: float) -> Measured:
+    return Measured(np.array(values), np.ones(len(values), np.int64))
+
+
+class TestScores:
+    def test_kl_counts_the_gain_over_the_base(self):
+        base, tuned, packed = measured(-4, -2), measured(0, 0), measured(-1, -0.5)
+        quality = retain_module.report_quality("kl", base, tuned, packed, seed=3)
+        assert quality.retained == pytest.approx(0.75)
+        assert quality.low == pytest.approx(0.75)  # every example keeps the same share
+        assert quality.high == pytest.approx(0.75)
+        assert (quality.base, quality.packed, quality.seed) == (-3, -0.75, 3)
+        assert (
+            "retained of the gain over the base",
+            "75.00% (95 % interval 75.00% to 75.00%)",
+        ) in (quality.rows())
+
+    @pytest.mark.parametrize(
+        ("metric", "base", "tuned"), [("loss", -2, -2), ("loss", -1, -2), ("accuracy", 0, 0)]
+    )
+    def test_no_share_of_nothing(self, metric, base, tuned):
+        quality = retain_module.report_quality(
+            metric, measured(base, base), measured(tuned, tuned), measured(-2, -2)
+        )
+        assert (quality.retained, quality.low, quality.high) == (None, None, None)
+        assert "quality_retained" not in quality.to_metadata()
+
+    def test_a_broken_model_keeps_no_share(self):
+        quality = retain_module.report_quality(
+            "loss", measured(-4, -4), measured(-2, -2), measured(math.nan, -2)
+        )
+        assert quality.retained is None
+        assert "quality_packed" not in quality.to_metadata()
+
+    @pytest.mark.parametrize("fitness", ["kl", "agreement"])
+    def test_a_search_is_reported(self, classifier_pair, tmp_path, fitness):
+        base, tuned, calibration = classifier_pair
+        out = tmp_path / "t.nps"
+        recipe = Recipe.with_subspaces(3, "tail", density=0.2, seed=4)
+        report = nps_compress.pack(
+            base, tuned, out, recipe=recipe, calibration=calibration, fitness=fitness, generations=1
+        )
+        quality = report.quality
+        assert quality is not None
+        assert (quality.metric, quality.task) == (fitness, "sequence-classification")
+        assert (quality.seed, quality.density, quality.examples) == (4, 0.2, 24)
+        assert quality.finetuned == (0 if fitness == "kl" else 1)
+        assert report.recipe is not None
+        assert quality.evaluations == report.recipe.search["evaluations"] > 1
+        assert quality.packed == pytest.approx(report.recipe.search["best"])
+        assert quality.data_sha256 == data_digest(read_jsonl(calibration))
+        assert quality.target is None
+        assert quality.examples_needed == 0
+        # The unpacked model has the score that the file states.
+        nps_compress.unpack(base, out, tmp_path / "out")
+        scorer = Fitness(tuned, read_jsonl(calibration), fitness)
+        packed, _, _ = load_model(tmp_path / "out")
+        scorer.model.load_state_dict(packed.state_dict())
+        found = nps_compress.inspect(out)
+        assert scorer.score() == pytest.approx(quality.packed)
+        assert found["quality"]["packed"] == pytest.approx(quality.packed, rel=1e-5)
+        assert found["quality"]["data_sha256"] == quality.data_sha256
+        assert (found["quality"]["retained"] is None) == (quality.retained is None)
+        assert not list(tmp_path.glob("*.search.json"))
+        text = run("inspect", out)
+        assert re.search(rf"^  metric +{fitness}$", text, re.M)
+        assert re.search(r"^  evaluations +\d+$", text, re.M)
+
+    def test_the_command_states_it(self, classifier_pair, tmp_path):
+        base, tuned, calibration = classifier_pair
+        call = ("pack", base, tuned, "-o", tmp_path / "t.nps", "--calibration", calibration)
+        said = run(*call, "--generations", 1, "--subspaces", 2, "--density", 0.3)
+        assert "kl on calibration data: fine-tune" in said
+        assert "kl on 24 calibration examples: base" in said
+        assert "on other data" not in said  # the coefficients were fitted to these examples
+        found = json.loads(run(*call, "--generations", 1, "--subspaces", 2, "--force", "--json"))
+        assert found["quality"]["metric"] == "kl"
+        assert found["relative_error"] > 0
+
+
+class TestInspect:
+    def test_columns_and_block(self, tiny, tmp_path):
+        nps_compress.pack(*tiny, tmp_path / "t.nps")
+        text = run("inspect", tmp_path / "t.nps")
+        assert text.splitlines()[0].split()[-1] == "error"
+        assert "1 as if nothing were kept" in text
+        assert "recipe: the largest 0.05 of the changes" in text
+        assert "quality, as measured" not in text
+        nps_compress.pack(*tiny, tmp_path / "t.nps", lossless=True, force=True)
+        text = run("inspect", tmp_path / "t.nps")
+        assert text.splitlines()[0].split()[-1] == "codecs"
+        assert "relative error" not in text
+
+    def test_block(self, tmp_path):
+        text = run("inspect", write_file(tmp_path / "t.nps", FULL.to_metadata()))
+        for line in (
+            r"task +sequence-classification",
+            r"fine-tune +0\.6",
+            r"retained +99\.38% \(95 % interval 97\.00% to 101\.00%\)",
+            r"asked for +99\.00%",
+            r"calibration examples +240",
+            r"seed +7",
+            r"evaluations +2",
+            r"calibration data sha256 +(ab){32}",
+        ):
+            assert re.search(rf"^  {line}$", text, re.M), line
+
+    def test_hostile_metadata(self, tmp_path):
+        keys = [*FULL.to_metadata(), "quality_error", "quality_tensor_errors", "recipe", "tool"]
+        for texts in (
+            dict.fromkeys([*keys, "base_name", "finetuned_name"], EVIL),
+            dict.fromkeys(keys, EVIL) | {"quality_metric": "accuracy"},
+            dict.fromkeys(keys, "nan") | {"quality_metric": "loss", "quality_task": ""},
+            dict.fromkeys(keys, "[" * 50_000) | {"quality_metric": "loss"},
+        ):
+            path = write_file(tmp_path / "t.nps", texts)
+            text = run("inspect", path)
+            assert all(c.isprintable() or c == "\n" for c in text)
+            assert "nan" not in text
+            found = json.loads(
+                run("inspect", path, "--json"), parse_constant=lambda name: pytest.fail(name)
+            )
+            assert found["relative_error"] is None
