@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nps_compress.cards import model_card
     from nps_compress.errors import (
         BaseMismatchError,
         CalibrationError,
@@ -66,6 +67,7 @@ _HOME = {
     "export_sparse": "sparse_safetensors",
     "import_sparse": "sparse_safetensors",
     "inspect": "inspection",
+    "model_card": "cards",
     "open": "unpacking.open_task",
     "pack": "packing",
     "rebuild": "reconstruct",

@@ -445,6 +445,31 @@ def inspect(task: Path, as_json: bool) -> None:
 
 @main.command()
 @_task_argument
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="The file to write (README.md).  [default: standard output]",
+)
+@_force
+def card(task: Path, output: Path | None, force: bool) -> None:
+    """Write a model card (Markdown, as the Hugging Face Hub reads) from what TASK says of itself.
+
+    \b
+    Example:
+      nps-compress card law.nps -o README.md
+    """
+    from nps_compress.cards import model_card, write_card
+
+    if output is None:
+        click.echo(model_card(task), nl=False)
+    else:
+        write_card(task, output, force=force)
+        click.echo(f"{output}: written")
+
+
+@main.command()
+@_task_argument
 @click.option("--base", required=True, help="The base that TASK was packed against.")
 @click.option(
     "--to",

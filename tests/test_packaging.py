@@ -53,6 +53,7 @@ ORDER = [
     "unpacking",
     "sparse_safetensors",
     "inspection",
+    "cards",
     "cli",
 ]
 # Who may import what is heavy, optional or easily misused.
@@ -135,6 +136,7 @@ def test_public_names_are_locked():
         "export_sparse",
         "import_sparse",
         "inspect",
+        "model_card",
         "open",
         "pack",
         "rebuild",
