@@ -1,53 +1,45 @@
-"""The search as a whole job: candidates are pruned into a live model and scored there."""
+"""What a recipe makes of a pair of checkpoints, one tensor at a time."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from nps_compress import __version__
-from nps_compress._threads import bounded_map, workers
-from nps_compress.checkpoint import Pair, content_digest
+from nps_compress._threads import bounded_map
+from nps_compress.checkpoint import Pair
 from nps_compress.dtypes import PRUNABLE, DType, Words, to_float32
-from nps_compress.errors import CheckpointError
+from nps_compress.groups import GROUPS, Group, group_of
 from nps_compress.prune import Selection, plan, prune, tensor_seed
 from nps_compress.recipe import Recipe
-from nps_compress.search import Progress, search
-from nps_compress.task_vector import HISTOGRAM_BYTES, NEUTRAL, Float32, Histogram
-
-if TYPE_CHECKING:
-    import torch
-
-    from nps_compress.fitness import Fitness
+from nps_compress.task_vector import HISTOGRAM_BYTES, NEUTRAL, Float32, Histogram, Ranking
 
 SLICE = 1 << 18  # elements handled at once: a few MB, which a core's cache holds
+# Small tensors are kept exactly where that costs no more than this share of the file.
+_EXACT_SHARE, _BITS_PER_KEPT = 0.01, 16
+
+Loaded = tuple[Words, DType, Words, DType]  # base and fine-tuned words, each with its dtype
 
 
-def histogram_of(
-    base: Words,
-    base_dtype: DType,
-    finetuned: Words,
-    finetuned_dtype: DType,
-    importance: Float32 = NEUTRAL,
-) -> Histogram | None:
+def histogram_of(loaded: Loaded, importance: Float32 = NEUTRAL) -> Histogram | None:
     """Scores of one tensor's task vector; None where a difference is not finite."""
+    base, base_dtype, finetuned, finetuned_dtype = loaded
     histogram = Histogram.empty()
-    for start in range(0, base.size, SLICE):
-        part = slice(start, start + SLICE)
+    for part in slices(base.size):
         before = to_float32(base[part], base_dtype)
         after = to_float32(finetuned[part], finetuned_dtype)
-        if not histogram.add(before, after, _part(importance, part)):
+        if not histogram.add(before, after, part_of(importance, part)):
             return None
     return histogram
 
 
-def _part(importance: Float32, part: slice) -> Float32:
+def slices(size: int) -> list[slice]:
+    """The parts in which so many elements are handled."""
+    return [slice(start, min(start + SLICE, size)) for start in range(0, size, SLICE)]
+
+
+def part_of(importance: Float32, part: slice) -> Float32:
+    """The importance of some elements of a tensor; [1] stays [1]."""
     return importance[part] if importance.size > 1 else importance
 
 
@@ -69,28 +61,42 @@ class Pruner:
             if pair.base.tensors[base_name].dtype.name in PRUNABLE
             and pair.finetuned.tensors[name].dtype.name in PRUNABLE
         ]
-        self.histogram = Histogram.empty()
+        self.histograms: dict[Group, Histogram] = {}
         self.names: list[str] = []
+        self._small_bytes = 0
+        self._known: tuple[tuple[Group, ...], Ranking] | None = None
 
     def count(self, budget: int, on_tensor: Callable[[], None] = lambda: None) -> None:
-        """Read the pair once: which tensors are prunable, and their magnitudes."""
+        """Read the pair once: which tensors are prunable, and their scores by group."""
         tensors = self.pair.finetuned.tensors
 
         def run(name: str) -> Histogram | None:
-            return histogram_of(*self.load(name), self._importance.get(name, NEUTRAL))
+            return histogram_of(self.load(name), self.importance(name))
 
         def cost(name: str) -> int:
             return 2 * tensors[name].nbytes + HISTOGRAM_BYTES
 
+        found: dict[Group, Histogram] = {}
         results = bounded_map(run, self._candidates, cost, budget)
         for name, histogram in zip(self._candidates, results, strict=True):
             if histogram is not None:
                 self.names.append(name)
-                self.histogram.merge(histogram)
+                found.setdefault(self.group(name), Histogram.empty()).merge(histogram)
             on_tensor()
+        self.histograms = {group: found[group] for group in GROUPS if group in found}
+        small = (tensors[name].nbytes for name in self.names if self.group(name) == "small")
+        self._small_bytes = sum(small)
 
-    def load(self, name: str) -> tuple[Words, DType, Words, DType]:
-        """Base words and dtype, fine-tuned words and dtype of a tensor."""
+    def group(self, name: str) -> Group:
+        """The group of a tensor."""
+        return group_of(name, self.pair.finetuned.tensors[name].shape)
+
+    def importance(self, name: str) -> Float32:
+        """The importance of a tensor's elements. -> [numel], or [1] for all."""
+        return self._importance.get(name, NEUTRAL)
+
+    def load(self, name: str) -> Loaded:
+        """A tensor of base and fine-tune."""
         base_name = self.pair.base_of[name]
         base, finetuned = self.pair.base, self.pair.finetuned
         return (
@@ -100,30 +106,51 @@ class Pruner:
             finetuned.tensors[name].dtype,
         )
 
-    def selection(self, coefficients: Sequence[float] | None = None) -> Selection | None:
-        """The selection shared by all tensors; None where each is ranked by itself."""
-        if self.recipe.scope == "tensor":
-            return None
-        return self._plan(self.histogram, coefficients)
+    def pruned_groups(self, recipe: Recipe | None = None) -> list[Group]:
+        """The groups that are pruned; others are kept exactly.
 
-    def prune(
-        self,
-        name: str,
-        loaded: tuple[Words, DType, Words, DType],
-        selection: Selection | None,
-        coefficients: Sequence[float] | None = None,
-    ) -> Words:
-        """The pruned tensor in the base's dtype. -> [numel] words."""
+        Small tensors are exact where their bytes are at most a hundredth of the file's, taking
+        two bytes for each element that is kept of the others.
+        """
+        recipe = recipe or self.recipe
+        others: list[Group] = [group for group in self.histograms if group != "small"]
+        numel = sum(self.histograms[group].numel for group in others)
+        if 8 * self._small_bytes <= _EXACT_SHARE * _BITS_PER_KEPT * recipe.density * numel:
+            return others
+        return list(self.histograms)
+
+    def selection(self, recipe: Recipe | None = None) -> Selection | None:
+        """The selection shared by all tensors; None where each is ranked by itself."""
+        recipe = recipe or self.recipe
+        if recipe.scope == "tensor":
+            return None
+        groups = self.pruned_groups(recipe)
+        return _plan(self._ranking(tuple(groups)), recipe, groups)
+
+    def _ranking(self, groups: tuple[Group, ...]) -> Ranking:
+        if self._known is None or self._known[0] != groups:
+            ranking = Ranking.of([self.histograms[group] for group in groups])
+            self._known = groups, ranking
+        return self._known[1]
+
+    def selection_of(
+        self, name: str, loaded: Loaded, shared: Selection | None, recipe: Recipe | None = None
+    ) -> tuple[Selection, int]:
+        """What to prune a tensor with: a selection, and the number of its group there."""
+        recipe, group = recipe or self.recipe, self.group(name)
+        if shared is not None:
+            return shared, self.pruned_groups(recipe).index(group)
+        histogram = histogram_of(loaded, self.importance(name))
+        assert histogram is not None  # count() lists finite tensors only
+        return _plan(Ranking.of([histogram]), recipe, [group]), 0
+
+    def prune(self, name: str, loaded: Loaded, shared: Selection | None) -> Words:
+        """A tensor of a pruned group, pruned by the recipe, in the base's dtype. -> [numel]."""
+        selection, group = self.selection_of(name, loaded, shared)
         base, base_dtype, finetuned, finetuned_dtype = loaded
-        importance = self._importance.get(name, NEUTRAL)
-        if selection is None:
-            histogram = histogram_of(*loaded, importance)
-            assert histogram is not None  # count() lists finite tensors only
-            selection = self._plan(histogram, coefficients)
-        seed = tensor_seed(self.recipe.seed, name)
+        seed, importance = tensor_seed(self.recipe.seed, name), self.importance(name)
         out = np.empty_like(base)
-        for start in range(0, base.size, SLICE):
-            part = slice(start, start + SLICE)
+        for part in slices(base.size):
             out[part] = prune(
                 selection,
                 base[part],
@@ -131,126 +158,20 @@ class Pruner:
                 finetuned[part],
                 finetuned_dtype,
                 seed,
-                start,
-                _part(importance, part),
+                part.start,
+                part_of(importance, part),
+                group,
             )
         return out
 
-    def _plan(self, histogram: Histogram, coefficients: Sequence[float] | None) -> Selection:
-        recipe = self.recipe
-        return plan(
-            histogram,
-            recipe.prune,
-            recipe.density,
-            recipe.top_shares,
-            coefficients or recipe.coefficients,
-        )
 
-
-class LiveModel:
-    """A model in memory whose prunable weights are overwritten by one candidate after another."""
-
-    def __init__(self, pruner: Pruner, model: torch.nn.Module) -> None:
-        self._pruner = pruner
-        parameters = model.state_dict()
-        missing = [name for name in pruner.names if name not in parameters]
-        if missing:
-            raise CheckpointError(
-                pruner.pair.finetuned.path,
-                f"tensor {missing[0]!r} has no parameter of that name in {type(model).__name__}",
-            )
-        self._parameters = {name: parameters[name] for name in pruner.names}
-        self._loaded = {name: pruner.load(name) for name in pruner.names}
-
-    def apply(self, coefficients: Sequence[float] | None = None) -> None:
-        """Overwrite the weights with what would be stored. None: the recipe's coefficients."""
-        selection = self._pruner.selection(coefficients)
-        self._overwrite(
-            lambda name: self._pruner.prune(name, self._loaded[name], selection, coefficients)
-        )
-
-    def apply_base(self) -> None:
-        """Overwrite the weights with the base's: what the model is without its task vector."""
-        self._overwrite(lambda name: self._loaded[name][0])
-
-    def _overwrite(self, words_of: Callable[[str], Words]) -> None:
-        from nps_compress import torch_words
-
-        def run(name: str) -> None:
-            target = self._parameters[name]
-            dtype, shape = self._loaded[name][1], tuple(target.shape)
-            target.copy_(torch_words.from_numpy(words_of(name), dtype, shape))
-
-        with ThreadPoolExecutor(workers()) as pool:
-            list(pool.map(run, self._parameters))
-
-
-def find_coefficients(
-    pruner: Pruner,
-    fitness: Fitness,
-    generations: int,
-    population: int | None,
-    state: Path,
-    data_digest: str,
-    on_evaluation: Callable[[Progress], None],
-) -> Recipe:
-    """Search the coefficients of ``pruner.recipe``; returns it with the best ones found.
-
-    Raises:
-        SearchInterruptedError, RecipeError, InvalidArgumentError: see :func:`search.search`.
-    """
-    recipe = pruner.recipe
-    live = LiveModel(pruner, fitness.model)
-
-    def evaluate(coefficients: Sequence[float]) -> float:
-        live.apply(coefficients)
-        return fitness.score()
-
-    finetuned_fitness = fitness.score()
-    if not math.isfinite(finetuned_fitness):
-        raise CheckpointError(
-            pruner.pair.finetuned.path,
-            f"has a {fitness.name} of {finetuned_fitness} on the calibration data",
-        )
-    identity = {
-        "recipe": {**recipe.to_dict(), "top_shares": list(recipe.top_shares), "coefficients": None},
-        "fitness": fitness.name,
-        "base": content_digest(pruner.pair.base),
-        "finetuned": content_digest(pruner.pair.finetuned),
-        "calibration": data_digest,
-    }
-    result = search(
-        evaluate,
-        len(recipe.coefficients),
-        generations,
-        population,
-        seed=recipe.seed,
-        state=state,
-        identity=identity,
-        on_evaluation=on_evaluation,
+def _plan(ranking: Ranking, recipe: Recipe, groups: list[Group]) -> Selection:
+    return plan(
+        ranking,
+        recipe.prune,
+        recipe.density,
+        recipe.top_shares,
+        recipe.weighting(groups),
+        recipe.eligible_share,
+        recipe.grid,
     )
-    return replace(
-        recipe,
-        coefficients=result.coefficients,
-        search={
-            "tool": f"nps-compress {__version__}",
-            "fitness": fitness.name,
-            "finetuned": finetuned_fitness,
-            "start": _finite(result.start_fitness),
-            "best": _finite(result.fitness),
-            "evaluations": sum(map(len, result.history)),
-            "generations": len(result.history) - 1,
-            "calibration_sha256": data_digest,
-            "best_by_generation": _running_best(result.history),
-        },
-    )
-
-
-def _running_best(history: Sequence[Sequence[float]]) -> list[float | None]:
-    best = np.maximum.accumulate([max(generation) for generation in history])
-    return [_finite(float(value)) for value in best]
-
-
-def _finite(value: float) -> float | None:
-    """The value, or None (JSON's null) for a candidate that broke the model."""
-    return value if math.isfinite(value) else None

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
+
 from nps_compress.atomic import write_json
 from nps_compress.errors import InvalidArgumentError, RecipeError
+from nps_compress.groups import GROUPS, Group
 from nps_compress.prune import (
     COEFFICIENTS,
     CUTS,
@@ -16,12 +20,13 @@ from nps_compress.prune import (
     RULES,
     Cuts,
     Rule,
+    Weighting,
     check_density,
     top_shares,
 )
 
 VERSION = 1
-Importance = Literal["magnitude", "fisher"]
+Importance = Literal["magnitude", "fisher", "activation"]
 IMPORTANCES: tuple[Importance, ...] = get_args(Importance)
 Scope = Literal["global", "tensor"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
@@ -35,7 +40,11 @@ class Recipe:
     ranked over the whole task vector or within each tensor; ``importance`` by what: the magnitude
     alone, or times an importance measured on calibration data (importance.py). ``top_shares`` cut
     that ranking into subspaces (descending; none: one subspace) and ``coefficients`` scale them,
-    the lowest ranks first. ``search`` records how the coefficients were found; it changes nothing.
+    the lowest ranks first. ``subspace_densities`` (none: all 1), ``group_coefficients`` and
+    ``group_densities`` (by name of a group of tensors, see groups.py; 1 where absent) are the
+    other factors of prune.Weighting. ``eligible`` (positions for each that is kept; 0: all) and
+    ``grid`` belong to ``sampled``, see prune.py.
+    ``search`` records how the coefficients were found; it changes nothing.
     """
 
     prune: Rule = "magnitude"
@@ -44,6 +53,11 @@ class Recipe:
     importance: Importance = "magnitude"
     top_shares: tuple[float, ...] = ()
     coefficients: tuple[float, ...] = (1.0,)
+    subspace_densities: tuple[float, ...] = ()
+    group_coefficients: dict[str, float] = field(default_factory=dict)
+    group_densities: dict[str, float] = field(default_factory=dict)
+    eligible: float = 0.0
+    grid: bool = False
     seed: int = 0
     search: dict[str, Any] = field(default_factory=dict)
 
@@ -65,13 +79,44 @@ class Recipe:
             raise InvalidArgumentError(
                 "coefficients", len(coefficients), f"{len(shares) + 1} numbers, one per subspace"
             )
-        low, high = COEFFICIENTS
-        if not all(_is_number(c) and low <= c <= high for c in coefficients):
-            raise InvalidArgumentError("coefficients", coefficients, f"from {low} to {high}")
+        if self.subspace_densities and len(self.subspace_densities) != len(coefficients):
+            raise InvalidArgumentError(
+                "subspace_densities", len(self.subspace_densities), "none, or one per coefficient"
+            )
+        for name in ("group_coefficients", "group_densities"):
+            by_group = getattr(self, name)
+            if not isinstance(by_group, dict) or not by_group.keys() <= set(GROUPS):
+                raise InvalidArgumentError(name, by_group, f"by {', '.join(GROUPS)}")
+            _check_factors(name, by_group.values())
+        _check_factors("coefficients", coefficients)
+        _check_factors("subspace_densities", self.subspace_densities)
+        if not _is_number(self.eligible) or (self.eligible and not 1 <= self.eligible <= 1e6):
+            raise InvalidArgumentError("eligible", self.eligible, "0, or from 1 to 1e6")
+        if type(self.grid) is not bool:
+            raise InvalidArgumentError("grid", self.grid, "true or false")
+        if self.prune != "sampled" and (self.eligible or self.grid):
+            raise InvalidArgumentError("prune", self.prune, "sampled with eligible or grid")
         if type(self.seed) is not int or not 0 <= self.seed < 2**32:
             raise InvalidArgumentError("seed", self.seed, "an integer from 0 to 2^32 - 1")
         if not isinstance(self.search, dict):
             raise InvalidArgumentError("search", self.search, "an object")
+
+    @property
+    def eligible_share(self) -> float:
+        """The share of positions where ``sampled`` may keep an element."""
+        return min(1.0, self.eligible * self.density) if self.eligible else 1.0
+
+    def weighting(self, groups: Sequence[Group]) -> Weighting:
+        """The factors of these groups of tensors."""
+        densities = self.subspace_densities or (1.0,) * len(self.coefficients)
+        by_group = [
+            [given.get(group, 1.0) for group in groups]
+            for given in (self.group_coefficients, self.group_densities)
+        ]
+        return Weighting(
+            np.multiply.outer(by_group[0], self.coefficients),
+            np.multiply.outer(by_group[1], densities),
+        )
 
     @classmethod
     def with_subspaces(cls, subspaces: int, cuts: Cuts, **options: Any) -> Recipe:
@@ -100,16 +145,35 @@ class Recipe:
         known = {item.name for item in fields(cls)}
         if not isinstance(value, dict) or value.pop("nps_recipe", None) != VERSION:
             raise RecipeError(path, f"is not a recipe of version {VERSION}")
-        value.setdefault("importance", "magnitude")  # recipes of 0.1.0
+        for name, default in _SINCE_0_1_0.items():
+            value.setdefault(name, default)
         if set(value) != known:
             odd = sorted(set(value) ^ known)
             raise RecipeError(path, f"has missing or unknown fields: {', '.join(odd)}")
         try:
-            for name in ("top_shares", "coefficients"):
+            for name in ("top_shares", "coefficients", "subspace_densities"):
                 value[name] = tuple(value[name])
             return cls(**value)
         except (TypeError, ValueError) as error:
             raise RecipeError(path, str(error)) from error
+
+
+# Fields that recipes of 0.1.0 lack, and what those recipes mean.
+_SINCE_0_1_0: dict[str, Any] = {
+    "importance": "magnitude",
+    "subspace_densities": [],
+    "group_coefficients": {},
+    "group_densities": {},
+    "eligible": 0.0,
+    "grid": False,
+}
+
+
+def _check_factors(name: str, factors: Iterable[object]) -> None:
+    low, high = COEFFICIENTS
+    for factor in factors:
+        if not _is_number(factor) or not low <= factor <= high:  # type: ignore[operator]
+            raise InvalidArgumentError(name, factor, f"from {low} to {high}")
 
 
 def _is_number(value: object) -> bool:

@@ -1,7 +1,8 @@
-"""CMA-ES over the coefficients of magnitude subspaces (NPS, arXiv 2505.18713, section 3.2).
+"""CMA-ES over positive factors, of which all start at 1 (NPS, arXiv 2505.18713, section 3.2).
 
-Knows no model: it maximises a callable. The paper leaves sigma, bounds and population open; here
-coefficients are searched as exp(x) from x = 0, so that they start at 1 and stay positive.
+Knows no model: it maximises what it is given, a generation at a time. The paper leaves sigma,
+bounds and population open; here factors are searched as exp(x) from x = 0, so that they stay
+positive.
 """
 
 from __future__ import annotations
@@ -20,18 +21,40 @@ from nps_compress.atomic import write_json
 from nps_compress.errors import InvalidArgumentError, RecipeError, SearchInterruptedError
 
 SIGMA = 0.3
-_STATE_VERSION = 1
+GENERATIONS = 12
+# A search that gains less than a hundredth of all it has gained, for so long, has ended.
+PATIENCE, _GAIN = 4, 0.01
+_STATE_VERSION = 2
 
-Coefficients = tuple[float, ...]
+Factors = tuple[float, ...]
+
+
+class Memory:
+    """What is known of the generation in work, as JSON values; it survives an interruption."""
+
+    def __init__(self, known: dict[str, Any], save: Callable[[dict[str, Any]], None]) -> None:
+        self._known, self._save = known, save
+
+    def get(self, key: str) -> Any:
+        """What was put there before; None where nothing was."""
+        return self._known.get(key)
+
+    def put(self, key: str, value: Any) -> None:
+        """Keep a JSON value."""
+        self._known[key] = value
+        self._save(self._known)
+
+
+# Scores of a generation's candidates, in their order.
+Evaluate = Callable[[Sequence[Factors], Memory], Sequence[float]]
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a search stands after one evaluation; generation 0 is all coefficients at 1."""
+    """Where a search stands after one generation; generation 0 is all factors at 1."""
 
     generation: int
-    evaluation: int
-    fitness: float
+    evaluations: int
     best: float
 
 
@@ -39,7 +62,7 @@ class Progress:
 class SearchResult:
     """The best candidate and the way to it. ``history`` holds one list of fitness a generation."""
 
-    coefficients: Coefficients
+    factors: Factors
     fitness: float
     start_fitness: float
     history: list[list[float]]
@@ -59,21 +82,22 @@ def check_search_options(generations: int, population: int | None) -> None:
 
 
 def search(
-    evaluate: Callable[[Coefficients], float],
+    evaluate: Evaluate,
     dimensions: int,
-    generations: int = 30,
+    generations: int = GENERATIONS,
     population: int | None = None,
     sigma: float = SIGMA,
     seed: int = 0,
     state: Path | None = None,
     identity: Mapping[str, Any] | None = None,
-    on_evaluation: Callable[[Progress], None] = lambda _: None,
+    on_generation: Callable[[Progress], None] = lambda _: None,
 ) -> SearchResult:
-    """Maximise ``evaluate`` over ``dimensions`` positive coefficients.
+    """Maximise ``evaluate`` over ``dimensions`` positive factors.
 
-    With ``state``, every fitness is saved there as soon as it is known. A state of the same
-    ``identity`` is taken up again: its fitnesses are replayed to the same optimiser, so a resumed
-    search equals an uninterrupted one. The state stays when the search ends.
+    With ``state``, every generation's fitness is saved there, and what ``evaluate`` puts into its
+    memory. A state of the same ``identity`` is taken up again: its fitnesses are replayed to the
+    same optimiser, so a resumed search equals an uninterrupted one. The state stays when the
+    search ends; fewer ``generations`` than it holds are answered from it.
 
     Raises:
         InvalidArgumentError: an option is out of range.
@@ -92,41 +116,55 @@ def search(
         "sigma": sigma,
         "seed": seed,
     }
-    known = _read_state(state, settings) if state else []
+    known, begun = _read_state(state, settings) if state else ([], {})
     strategy = _strategy(dimensions, population, sigma, seed)
 
-    best: tuple[float, Coefficients] = (-math.inf, ())
-    done: list[float] = []
+    best: tuple[float, Factors] = (-math.inf, ())
     history: list[list[float]] = []
-    generation = 0
 
-    def score(x: Sequence[float]) -> float:
-        nonlocal best
-        coefficients = tuple(math.exp(value) for value in x)
-        replayed = len(done) < len(known)
-        fitness = known[len(done)] if replayed else float(evaluate(coefficients))
-        if math.isnan(fitness):
-            fitness = -math.inf
-        done.append(fitness)
-        if state and not replayed:
-            _write_state(state, settings, done)
-        if fitness > best[0] or not best[1]:
-            best = (fitness, coefficients)
-        on_evaluation(Progress(generation, len(done), fitness, best[0]))
-        return fitness
+    def save(memory: dict[str, Any]) -> None:
+        if state:
+            kept = [*history, *known[len(history) :]]
+            _write_state(state, settings, kept, memory)
+
+    def score(xs: Sequence[Sequence[float]]) -> list[float]:
+        nonlocal best, begun
+        candidates = [tuple(math.exp(value) for value in x) for x in xs]
+        if len(history) < len(known):
+            found = known[len(history)]
+        else:
+            found = [float(fitness) for fitness in evaluate(candidates, Memory(begun, save))]
+            found = [-math.inf if math.isnan(fitness) else fitness for fitness in found]
+            begun = {}
+        history.append(found)
+        if len(history) > len(known):
+            save(begun)
+        for fitness, candidate in zip(found, candidates, strict=True):
+            if fitness > best[0] or not best[1]:
+                best = (fitness, candidate)
+        on_generation(Progress(len(history) - 1, sum(map(len, history)), best[0]))
+        return found
 
     try:
-        history.append([score([0.0] * dimensions)])
-        for generation in range(1, generations + 1):  # noqa: B007 - score() reports it
-            candidates = strategy.ask()
-            fitnesses = [score(x) for x in candidates]
-            strategy.tell(candidates, [_cost(fitness) for fitness in fitnesses])
-            history.append(fitnesses)
-            if strategy.stop():
+        score([[0.0] * dimensions])
+        for _ in range(generations):
+            xs = strategy.ask()
+            strategy.tell(xs, [_cost(fitness) for fitness in score(xs)])
+            if strategy.stop() or _stands_still(history):
                 break
     except KeyboardInterrupt:
-        raise SearchInterruptedError(state if done else None, generation) from None
+        anything = state and (history or begun)
+        raise SearchInterruptedError(state if anything else None, len(history) - 1) from None
     return SearchResult(best[1], best[0], history[0][0], history)
+
+
+def _stands_still(history: Sequence[Sequence[float]]) -> bool:
+    """Whether the last generations gained next to nothing."""
+    if len(history) <= PATIENCE + 1:
+        return False
+    before = max(map(max, history[:-PATIENCE]))
+    now = max(before, *map(max, history[-PATIENCE:]))
+    return now - before <= _GAIN * (now - history[0][0])
 
 
 def _cost(fitness: float) -> float:
@@ -153,14 +191,18 @@ def _strategy(dimensions: int, population: int, sigma: float, seed: int) -> Any:
         )
 
 
-def _read_state(path: Path, settings: Mapping[str, Any]) -> list[float]:
+def _read_state(
+    path: Path, settings: Mapping[str, Any]
+) -> tuple[list[list[float]], dict[str, Any]]:
+    """The fitness of finished generations, and what is known of the one after."""
     if not path.exists():
-        return []
+        return [], {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-        version, saved, fitness = value["nps_search"], value["settings"], value["fitness"]
-        known = [float(number) for number in fitness]
-        if not isinstance(saved, dict):
+        version, saved = value["nps_search"], value["settings"]
+        known = [[float(number) for number in scores] for scores in value["fitness"]]
+        begun = value["begun"]
+        if not isinstance(saved, dict) or not isinstance(begun, dict):
             raise ValueError("settings")
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise RecipeError(path, f"is not the state of a search ({error!r})") from error
@@ -173,12 +215,17 @@ def _read_state(path: Path, settings: Mapping[str, Any]) -> list[float]:
                 f"belongs to another search ({key} was {saved.get(key)!r}, is now "
                 f"{settings.get(key)!r}); delete it to start anew",
             )
-    return known
+    sizes = [1, *[settings["population"]] * len(known)]
+    if any(len(scores) != size for scores, size in zip(known, sizes, strict=False)):
+        raise RecipeError(path, "is not the state of a search (a generation of another size)")
+    return known, begun
 
 
-def _write_state(path: Path, settings: Mapping[str, Any], fitness: Sequence[float]) -> None:
-    write_json(
-        path,
-        {"nps_search": _STATE_VERSION, "settings": settings, "fitness": list(fitness)},
-        force=True,
-    )
+def _write_state(
+    path: Path,
+    settings: Mapping[str, Any],
+    fitness: Sequence[Sequence[float]],
+    begun: Mapping[str, Any],
+) -> None:
+    value = {"nps_search": _STATE_VERSION, "settings": settings, "fitness": fitness, "begun": begun}
+    write_json(path, value, force=True)

@@ -58,24 +58,50 @@ class Histogram:
         return int(self.counts.sum())
 
 
-def key_of(magnitude: float) -> int:
-    """The key of a non-negative magnitude; KEYS - 1 at most."""
-    bits = int(np.float32(min(magnitude, 3.0e38)).view(np.uint32))
-    return min(bits >> KEY_SHIFT, KEYS - 1)
+@dataclass(frozen=True)
+class Ranking:
+    """Histograms of groups of tensors, summed up for questions about ranks.
 
-
-def subspace_edges(histogram: Histogram, top_shares: Sequence[float]) -> tuple[int, ...]:
-    """Cut the magnitude ranking into subspaces (NPS, arXiv 2505.18713, section 3.2).
-
-    ``top_shares`` descend within (0, 1): subspace m + 1 begins where that share of all elements
-    is at least as large. Returns one key per share, ascending: the first key of subspaces 1 to
-    len(top_shares); subspace 0 holds the smallest magnitudes.
+    counts: [groups, KEYS + 1] int64, elements whose key is lower; sums: [groups, KEYS + 1] float64,
+    their scores. zeros: elements that score nothing.
     """
-    at_least = histogram.counts[::-1].cumsum()[::-1]  # [KEYS]: elements with this key or above
-    wanted = np.array(top_shares) * histogram.numel
-    # The number of keys whose tail still holds more than wanted is the first that does not.
-    edges = [int(np.count_nonzero(at_least > count)) for count in wanted]
-    return tuple(edges)
+
+    counts: npt.NDArray[np.int64]
+    sums: npt.NDArray[np.float64]
+    zeros: int
+
+    @classmethod
+    def of(cls, histograms: Sequence[Histogram]) -> Ranking:
+        """The ranking of all elements of these groups."""
+        counts = np.zeros((len(histograms), KEYS + 1), np.int64)
+        sums = np.zeros((len(histograms), KEYS + 1))
+        for group, histogram in enumerate(histograms):
+            histogram.counts.cumsum(out=counts[group, 1:])
+            histogram.sums.cumsum(out=sums[group, 1:])
+        return cls(counts, sums, sum(int(histogram.counts[0]) for histogram in histograms))
+
+    @property
+    def numel(self) -> int:
+        """Elements ranked, zeros included."""
+        return int(self.counts[:, -1].sum())
+
+    def subspace_edges(self, top_shares: Sequence[float]) -> tuple[int, ...]:
+        """Cut the ranking into subspaces (NPS, arXiv 2505.18713, section 3.2).
+
+        ``top_shares`` descend within (0, 1): subspace m + 1 begins where that share of all elements
+        is at least as large. Returns one key per share, ascending: the first key of subspaces 1 to
+        len(top_shares); subspace 0 holds the smallest scores.
+        """
+        at_least = self.numel - self.counts.sum(0)[:-1]  # [KEYS]: elements with this key or above
+        wanted = np.array(top_shares) * self.numel
+        # The number of keys whose tail still holds more than wanted is the first that does not.
+        return tuple(int(np.count_nonzero(at_least > count)) for count in wanted)
+
+
+def keys_of(magnitudes: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+    """The keys of non-negative magnitudes; KEYS - 1 at most."""
+    bits = np.minimum(magnitudes, 3.0e38).astype(np.float32).view(np.uint32)
+    return np.minimum(bits >> KEY_SHIFT, KEYS - 1).astype(np.int64)
 
 
 @jit

@@ -1,0 +1,139 @@
+"""A model in memory that becomes one candidate after another.
+
+A candidate of a search differs from the last in a few percent of its weights: only those are
+written. And of the task vector only a short list can be kept by any candidate near the present
+one: the rest is looked at again only when a candidate reaches further.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from nps_compress._threads import workers
+from nps_compress.candidates import Loaded, Pruner, part_of, slices
+from nps_compress.dtypes import to_float32
+from nps_compress.errors import CheckpointError
+from nps_compress.prune import Elements, Reach, Selection, reach, select, tensor_seed, within
+from nps_compress.recipe import Recipe
+from nps_compress.task_vector import Float32
+
+if TYPE_CHECKING:
+    import torch
+
+
+class LiveModel:
+    """A float32 model whose prunable weights are overwritten by one candidate after another."""
+
+    def __init__(self, pruner: Pruner, model: torch.nn.Module) -> None:
+        self._pruner = pruner
+        parameters = model.state_dict()
+        missing = [name for name in pruner.names if name not in parameters]
+        if missing:
+            raise CheckpointError(
+                pruner.pair.finetuned.path,
+                f"tensor {missing[0]!r} has no parameter of that name in {type(model).__name__}",
+            )
+        self._tensors = {
+            name: _LiveTensor(parameters[name].view(-1), pruner.load(name), pruner.importance(name))
+            for name in pruner.names
+        }
+
+    def apply(self, recipe: Recipe | None = None) -> None:
+        """Overwrite the weights with what would be stored. None: the pruner's recipe."""
+        pruner, recipe = self._pruner, recipe or self._pruner.recipe
+        shared, groups = pruner.selection(recipe), pruner.pruned_groups(recipe)
+
+        def run(name: str) -> None:
+            tensor = self._tensors[name]
+            if pruner.group(name) not in groups:
+                tensor.write_finetuned()
+                return
+            selection, group = pruner.selection_of(name, tensor.loaded, shared, recipe)
+            tensor.write(selection, group, tensor_seed(recipe.seed, name))
+
+        self._for_each(run)
+
+    def apply_base(self) -> None:
+        """Overwrite the weights with the base's: what the model is without its task vector."""
+        self._for_each(lambda name: self._tensors[name].write_base())
+
+    def _for_each(self, run: Callable[[str], None]) -> None:
+        with ThreadPoolExecutor(workers()) as pool:
+            list(pool.map(run, self._tensors))
+
+
+class _LiveTensor:
+    """One parameter. target: [numel] float32, where the model has it."""
+
+    def __init__(self, target: torch.Tensor, loaded: Loaded, importance: Float32) -> None:
+        self.loaded = loaded
+        self._target, self._importance = target, importance
+        # Where the parameter differs from the base, and the base there; None: anywhere.
+        self._changed: tuple[npt.NDArray[np.uint32], Float32] | None = None
+        self._short: tuple[object, Reach, Elements] | None = None  # what the list is good for
+
+    def write_base(self) -> None:
+        if self._changed is None:
+            self._write_all(to_float32(*self.loaded[:2]))
+        else:
+            _put(self._target, *self._changed)
+        nothing = np.empty(0, np.uint32), np.empty(0, np.float32)
+        self._changed = nothing
+
+    def write_finetuned(self) -> None:
+        self._write_all(to_float32(*self.loaded[2:]))
+        self._changed = None
+
+    def write(self, selection: Selection, group: int, seed: int) -> None:
+        self.write_base()
+        elements = self._short_list(selection, group, seed)
+        indices, values = select(selection, elements, self.loaded[1], seed, group)
+        at = elements.at[indices]
+        _put(self._target, at, values)
+        self._changed = at, elements.before[indices]
+
+    def _write_all(self, values: Float32) -> None:
+        import torch
+
+        self._target.copy_(torch.from_numpy(values))
+
+    def _short_list(self, selection: Selection, group: int, seed: int) -> Elements:
+        alike = (selection.rule, selection.eligible, seed)
+        needed = reach(selection, group)
+        if self._short is None or self._short[0] != alike or not self._short[1].covers(needed):
+            limits = needed.widened()
+            self._short = alike, limits, self._within(limits, selection, seed)
+        return self._short[2]
+
+    def _within(self, limits: Reach, selection: Selection, seed: int) -> Elements:
+        base, base_dtype, finetuned, finetuned_dtype = self.loaded
+        parts = []
+        for part in slices(base.size):
+            before = to_float32(base[part], base_dtype)
+            tau = to_float32(finetuned[part], finetuned_dtype) - before
+            weights = part_of(self._importance, part)
+            elements = Elements(before, tau, weights, np.empty(0, np.uint32), part.start)
+            parts.append(within(limits, selection, elements, seed))
+        if self._importance.size > 1:
+            weights = np.concatenate([part.importance for part in parts])
+        else:
+            weights = self._importance
+        before = np.concatenate([part.before for part in parts])
+        tau = np.concatenate([part.tau for part in parts])
+        return Elements(before, tau, weights, np.concatenate([part.at for part in parts]))
+
+
+def _put(target: torch.Tensor, at: npt.NDArray[np.uint32], values: Float32) -> None:
+    """target[at] = values. at: [n]; values: [n]."""
+    import torch
+
+    if target.device.type == "cpu":
+        target.numpy()[at] = values
+    else:
+        where = torch.from_numpy(at.astype(np.int64)).to(target.device)
+        target[where] = torch.from_numpy(values).to(target.device)
