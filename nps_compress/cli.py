@@ -102,10 +102,12 @@ def _recipe_options(function: F) -> F:
         ),
         click.option(
             "--fitness",
-            type=click.Choice(["kl", "agreement", "loss", "accuracy"]),
-            help="What is measured on calibration data. kl (default) and agreement compare with "
-            "the fine-tune's own outputs and need no labels. With --retain, by default accuracy "
-            "where there are labels, loss for a causal LM, else agreement.",
+            metavar="NAME",
+            help="What is measured on calibration data. Without labels, against the fine-tune's "
+            "own outputs: kl, agreement, hidden, embedding. With them: loss, perplexity, accuracy, "
+            "exact_match, spearman. Or your own MODULE:FUNCTION. By default kl, or embedding for "
+            "encoders; with --retain accuracy where there are labels, loss for language models, "
+            "spearman where there are scores, else agreement or embedding.",
         ),
         click.option(
             "--subspaces",
@@ -150,7 +152,8 @@ def _recipe_options(function: F) -> F:
 @click.option(
     "--calibration",
     type=click.Path(path_type=Path),
-    help='JSONL with {"text": ..., "label": ...} a line; turns the search on.',
+    help='JSONL, for a classifier of texts {"text": ..., "label": ...} a line, or a folder of '
+    "images with one folder a class; turns the search on.",
 )
 @click.option(
     "--retain",
@@ -247,7 +250,8 @@ def pack(
     "--calibration",
     required=True,
     type=click.Path(path_type=Path),
-    help='JSONL with {"text": ..., "label": ...} a line.',
+    help='JSONL, for a classifier of texts {"text": ..., "label": ...} a line, or a folder of '
+    "images with one folder a class.",
 )
 @_recipe_options
 @_force
@@ -278,7 +282,7 @@ def search(
         calibration,
         output,
         _recipe(options, searched=True),
-        fitness=options["fitness"] or "kl",
+        fitness=options["fitness"],
         generations=options["generations"],
         population=options["population"],
         force=force,

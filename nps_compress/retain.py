@@ -16,13 +16,15 @@ import numpy as np
 
 from nps_compress.candidates import LiveModel, Pruner
 from nps_compress.errors import InvalidArgumentError, RetainError
-from nps_compress.fitness import Fitness, Measured
+from nps_compress.fitness import Fitness, check_fitness
+from nps_compress.measured import Measured
 
 LARGEST_DENSITY, STEP, REFINEMENTS = 0.5, math.sqrt(2), 2
 SMALLEST_DENSITY = 1e-5
 _FAILURES = 2
 _RESAMPLES, _CONFIDENCE = 2000, 0.95
-METRICS = ("agreement", "accuracy", "loss")
+# Zero where nothing is left, so the share of the fine-tune's own; of all others, of its gain.
+RATIOS = ("agreement", "accuracy", "exact_match", "spearman")
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,11 @@ class Trial:
 class Quality:
     """What was kept, on calibration data.
 
-    ``retained`` is the share of the fine-tune's score that the packed model reaches; for ``loss``,
-    of its gain over the base. ``low`` and ``high``: its 95 % bootstrap interval over examples,
-    which is what to expect on other data of the same kind. ``base`` has the fine-tune's own new
-    tensors (its head), and nothing of its task vector.
+    ``retained`` is the share of the fine-tune's score that the packed model reaches; for metrics
+    without a zero (all but RATIOS), of its gain over the base. ``low`` and ``high``: its 95 %
+    bootstrap interval over examples, which is what to expect on other data of the same kind; where
+    a user's own fitness gives one figure for all examples, ``retained`` itself. ``base`` has the
+    fine-tune's own new tensors (its head), and nothing of its task vector.
     """
 
     metric: str
@@ -78,12 +81,15 @@ class Quality:
         }
 
 
-def check_retain(share: float, metric: str) -> None:
-    """Raise InvalidArgumentError unless 0 < share <= 1 and the metric has a share to keep."""
+def check_retain(share: float, metric: str | None) -> None:
+    """Raise InvalidArgumentError unless 0 < share <= 1 and there is a fitness of that name.
+
+    FitnessError: it is the user's own, and can't be imported.
+    """
     if isinstance(share, bool | str) or not 0 < share <= 1:
         raise InvalidArgumentError("retain", share, "in (0, 1]")
-    if metric not in METRICS:
-        raise InvalidArgumentError("fitness", metric, f"one of {', '.join(METRICS)} with retain")
+    if metric is not None:
+        check_fitness(metric)
 
 
 def find_density(
@@ -158,22 +164,29 @@ def find_density(
 
 
 def _retained(metric: str, base: Measured, finetuned: Measured, found: Measured) -> float:
-    floor = base.score if metric == "loss" else 0.0
-    share = (found.score - floor) / (finetuned.score - floor)
+    floor = 0.0 if metric in RATIOS else base.score
+    gain = finetuned.score - floor
+    share = (found.score - floor) / gain if gain > 0 else math.nan
     return share if math.isfinite(share) else -math.inf
 
 
 def _interval(
     metric: str, base: Measured, finetuned: Measured, found: Measured
 ) -> tuple[float, float]:
-    """Percentile bootstrap over examples, the same ones for all three models (Efron 1979)."""
+    """Percentile bootstrap over examples, the same ones for all three models (Efron 1979).
+
+    Samples on which the fine-tune has nothing to keep are left out.
+    """
     rng = np.random.default_rng(0)
     size = len(found.counts)
+    if size == 1:
+        return (_retained(metric, base, finetuned, found),) * 2
     shares = []
     for _ in range(_RESAMPLES):
         picked = rng.integers(0, size, size)
-        drawn = [Measured(m.sums[picked], m.counts[picked]) for m in (base, finetuned, found)]
-        if drawn[0].counts.sum() and drawn[1].score != (drawn[0].score if metric == "loss" else 0):
+        drawn = [measured.take(picked) for measured in (base, finetuned, found)]
+        floor = 0.0 if metric in RATIOS else drawn[0].score
+        if drawn[1].score > floor:
             shares.append(_retained(metric, *drawn))
     tail = 50 * (1 - _CONFIDENCE)
     low, high = np.percentile(shares, [tail, 100 - tail]) if shares else (-math.inf, math.inf)

@@ -26,7 +26,7 @@ def search_recipe(
     out: str | Path,
     recipe: Recipe,
     *,
-    fitness: str = "kl",
+    fitness: str | None = None,
     generations: int = 30,
     population: int | None = None,
     force: bool = False,
@@ -34,11 +34,12 @@ def search_recipe(
 ) -> Recipe:
     """Search the coefficients of ``recipe`` and save the result at ``out``.
 
-    The state is kept beside ``out`` while the search runs; the same call resumes it.
+    ``fitness``: None for ``kl``, or ``embedding`` where the model predicts no classes. The state
+    is kept beside ``out`` while the search runs; the same call resumes it.
 
     Raises:
-        OutputExistsError, CheckpointError, CalibrationError, InvalidArgumentError, RecipeError,
-        SearchInterruptedError, WriteError.
+        OutputExistsError, CheckpointError, CalibrationError, FitnessError, InvalidArgumentError,
+        RecipeError, SearchInterruptedError, WriteError.
     """
     out = Path(out)
     refuse_existing(out, force)
@@ -61,12 +62,12 @@ def counted(pair_: Pair, recipe: Recipe, calibration: str | Path | None, progres
     if recipe.importance == "fisher":
         if calibration is None:
             raise InvalidArgumentError("importance", "fisher", "used with calibration data")
-        from nps_compress.fitness import read_jsonl
+        from nps_compress.calibration import read_examples
         from nps_compress.importance import fisher
 
-        rows = read_jsonl(Path(calibration))
-        with bar(len(rows), "measuring importance", "example", progress) as advance:
-            importance = fisher(pair_.finetuned.path, rows, recipe.seed, advance)
+        examples = read_examples(Path(calibration))
+        with bar(len(examples), "measuring importance", "example", progress) as advance:
+            importance = fisher(pair_.finetuned.path, examples, recipe.seed, advance, calibration)
     pruner = Pruner(pair_, recipe, importance)
     with bar(len(pair_.base_of), "reading", "tensor", progress) as advance:
         pruner.count(memory_budget(pair_), advance)
@@ -77,21 +78,22 @@ class RetainJob:
     """A share of quality that is asked for: its data is read before anything slow begins."""
 
     def __init__(self, calibration: Path, metric: str | None, share: float) -> None:
-        from nps_compress.fitness import read_jsonl
-        from nps_compress.retain import METRICS, check_retain
+        from nps_compress.calibration import read_examples
+        from nps_compress.retain import check_retain
 
-        check_retain(share, metric or METRICS[0])
-        self.rows = read_jsonl(calibration)
+        check_retain(share, metric)
+        self.examples = read_examples(calibration)
         self.calibration, self.metric, self.share = calibration, metric, share
 
     def run(self, pruner: Pruner, progress: bool) -> tuple[Quality, dict[str, str]]:
         """Set the pruner's density; returns what it keeps, and the same as metadata."""
-        from nps_compress.fitness import Fitness, data_digest, natural_metric
+        from nps_compress.calibration import data_digest
+        from nps_compress.fitness import Fitness, natural_metric
         from nps_compress.retain import find_density
 
         folder = pruner.pair.finetuned.path
-        metric = self.metric or natural_metric(folder, self.rows)
-        fitness = Fitness(folder, self.rows, metric, source=self.calibration)
+        metric = self.metric or natural_metric(folder, self.examples)
+        fitness = Fitness(folder, self.examples, metric, source=self.calibration)
         with bar(None, "trying densities", "trial", progress) as advance:
             quality = find_density(
                 pruner,
@@ -99,7 +101,7 @@ class RetainJob:
                 self.share,
                 lambda trial: advance(f"density {trial.density:.3g} keeps {trial.retained:.2%}"),
             )
-        digest = {"quality_data_sha256": data_digest(self.rows)}
+        digest = {"quality_data_sha256": data_digest(self.examples)}
         return quality, quality.to_metadata() | digest
 
 
@@ -109,27 +111,29 @@ class SearchJob:
     def __init__(
         self,
         calibration: Path,
-        fitness: str,
+        fitness: str | None,
         generations: int,
         population: int | None,
         out: Path,
     ) -> None:
-        from nps_compress.fitness import check_fitness, read_jsonl
+        from nps_compress.calibration import read_examples
+        from nps_compress.fitness import check_fitness
 
         check_search_options(generations, population)
-
-        self.rows = read_jsonl(calibration)
-        self.fitness = check_fitness(fitness)
+        self.examples = read_examples(calibration)
+        self.fitness = None if fitness is None else check_fitness(fitness)
         self.calibration = calibration
         self.state = out.with_name(out.name + ".search.json")  # kept while the search runs
         self.generations, self.population = generations, population
 
     def run(self, pruner: Pruner, progress: bool) -> Recipe:
         """The pruner's recipe with the best coefficients found."""
-        from nps_compress.fitness import Fitness, data_digest
+        from nps_compress.calibration import data_digest
+        from nps_compress.fitness import Fitness, label_free_fitness
 
         folder = pruner.pair.finetuned.path
-        fitness = Fitness(folder, self.rows, self.fitness, source=self.calibration)
+        name = self.fitness or label_free_fitness(folder, self.examples)
+        fitness = Fitness(folder, self.examples, name, source=self.calibration)
         size = self.population
         if size is None:
             size = population_size(len(pruner.recipe.coefficients))
@@ -138,7 +142,7 @@ class SearchJob:
 
             def show(now: Progress) -> None:
                 at = f"generation {now.generation}/{self.generations}"
-                advance(f"{at}, best {self.fitness} {now.best:.5g}")
+                advance(f"{at}, best {name} {now.best:.5g}")
 
             return find_coefficients(
                 pruner,
@@ -146,7 +150,7 @@ class SearchJob:
                 self.generations,
                 self.population,
                 self.state,
-                data_digest(self.rows),
+                data_digest(self.examples),
                 show,
             )
 
@@ -164,3 +168,4 @@ def input_files(pair_: Pair, calibration: str | Path | None) -> Iterator[Path]:
         yield from checkpoint.side_files.values()
     if calibration is not None:
         yield Path(calibration)
+        yield from Path(calibration).rglob("*")  # of a folder of images
