@@ -536,11 +536,12 @@ def _print_search(recipe: Recipe) -> None:
 
 
 def _print_quality(quality: Quality) -> None:
+    expected = f"; on other data of this kind expect {quality.low:.2%} to {quality.high:.2%}"
     click.echo(
         f"{quality.metric} on {quality.examples} calibration examples: base {quality.base:.5g}, "
         f"fine-tune {quality.finetuned:.5g}, packed {quality.packed:.5g}: {quality.retained:.2%} "
-        f"kept at density {quality.density:.3g}, found in {len(quality.trials)} trials; on other "
-        f"data of this kind expect {quality.low:.2%} to {quality.high:.2%}"
+        f"kept at density {quality.density:.3g}, found in {len(quality.trials)} trials"
+        f"{expected if quality.examples > 1 else ''}"
     )
     if quality.examples_needed > quality.examples:
         click.echo(

@@ -21,7 +21,7 @@ TOP = 256
 class Reference:
     """What the reference says, for n predictions.
 
-    classes: [n, TOP] int64, or None for all; likely: [n, TOP or all] float32 log-probabilities;
+    classes: [n, TOP] int32, or None for all; likely: [n, TOP or all] float32 log-probabilities;
     rest: [n] float32 log-probability of all others, or None.
     """
 
@@ -35,15 +35,16 @@ def reference(log_p: torch.Tensor) -> Reference:
     if log_p.shape[1] <= SMALL_VOCABULARY:
         return Reference(None, log_p, None)
     likely, classes = log_p.topk(TOP, dim=-1)
-    return Reference(classes, likely, _rest(log_p, classes))
+    return Reference(classes.int(), likely, _rest(log_p, classes))
 
 
 def divergence(wanted: Reference, log_q: torch.Tensor) -> torch.Tensor:
     """KL(p || q) of each prediction, for log_q [n, classes] float32. -> [n] float32."""
     if wanted.classes is None or wanted.rest is None:
         return _terms(wanted.likely, log_q).sum(-1)
-    found = log_q.gather(1, wanted.classes)
-    return _terms(wanted.likely, found).sum(-1) + _terms(wanted.rest, _rest(log_q, wanted.classes))
+    classes = wanted.classes.long()
+    likely = _terms(wanted.likely, log_q.gather(1, classes)).sum(-1)
+    return likely + _terms(wanted.rest, _rest(log_q, classes))
 
 
 def _terms(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:

@@ -30,13 +30,13 @@ import torch
 from torch.nn import functional
 
 from nps_compress import callables
-from nps_compress.adapters import Generator, Kind, device, each
+from nps_compress.adapters import Clip, Generator, Kind, device, each
 from nps_compress.batches import Batch, in_batches
 from nps_compress.calibration import Example
 from nps_compress.divergence import Reference, divergence, reference
 from nps_compress.errors import CalibrationError, InvalidArgumentError
 from nps_compress.measured import Measured, join
-from nps_compress.models import kind_of, load_model, running
+from nps_compress.models import kind_of, load_model, running, weights_of
 
 FitnessName = Literal[
     "kl",
@@ -123,8 +123,9 @@ class Fitness:
     """A model of the fine-tune's architecture and what it is scored on.
 
     ``model`` starts as the fine-tune, in float32; its weights may then be overwritten between
-    calls. What the fine-tune says is kept in memory: ``kl`` needs at most 257 numbers for each
-    prediction, ``hidden`` the states of all calibration tokens (tokens x width x 4 bytes).
+    calls, by their names in the file through ``weights``. What the fine-tune says is kept in
+    memory: for ``kl`` at most 1,024 numbers a prediction, for ``hidden`` the states of all tokens
+    (tokens x width x 4 bytes). So are the pixels of all images.
 
     Raises:
         CheckpointError: the folder can't be loaded as a model of a known kind, or not be run.
@@ -154,6 +155,7 @@ class Fitness:
                 "fitness", name, f"{suiting} or module:function for {_KINDS[self._loaded.kind]}"
             )
         self.model.to(device())
+        self.weights = weights_of(self.model)
         self._batches: list[Batch] = []
         self._answers: list[tuple[list[list[int]], list[str]]] = []  # a batch's prompts, targets
         self._said: list[torch.Tensor | Reference] = []  # by the fine-tune, a batch each
@@ -273,8 +275,8 @@ class Fitness:
         """Raise CalibrationError where nothing is predicted."""
         if self.name in ("hidden", "embedding", "spearman"):
             return
-        if not getattr(self._loaded, "classes", True):
-            raise CalibrationError(self.source, "holds no labels, which are CLIP's classes")
+        if isinstance(self._loaded, Clip) and len(self._loaded.classes) < 2:
+            raise CalibrationError(self.source, "needs two labels or more: they are CLIP's classes")
         if not sum(len(batch.owner) for batch in self._batches):
             what = {"causal": "text of two tokens or more", "token": "word with a label"}
             raise CalibrationError(

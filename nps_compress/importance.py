@@ -24,7 +24,7 @@ from torch.nn import functional
 from nps_compress.adapters import LoadedModel, device
 from nps_compress.batches import Encoded
 from nps_compress.calibration import Example
-from nps_compress.models import load_model, running
+from nps_compress.models import by_file_name, load_model, running
 from nps_compress.task_vector import Float32
 
 POWER = 0.25
@@ -39,7 +39,7 @@ def fisher(
     on_example: Callable[[], None] = lambda: None,
     source: Path | str = "calibration data",
 ) -> dict[str, Float32]:
-    """Importance of every parameter of a model folder, by name. -> [numel] float32 each.
+    """Importance of every parameter by its name in the file. -> [numel] float32 each.
 
     One pass forward and back per example; holds the model, its gradients and their squares in
     float32.
@@ -62,6 +62,7 @@ def fisher(
                     if gradient is not None:
                         squares[name] += gradient.square()
             on_example()
+    squares = by_file_name(loaded.model, squares)
     total = sum(float(square.sum(dtype=torch.float64)) for square in squares.values())
     mean = total / sum(square.numel() for square in squares.values())
     return {name: _factors(square, mean) for name, square in squares.items()}

@@ -78,6 +78,31 @@ def load_model(folder: Path) -> LoadedModel:
     return Text(folder, kind, model, tokenizer)
 
 
+def by_file_name(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors by their names in a model's file, given those that it has in memory.
+
+    transformers renames some while it loads (the layers of ViT) and puts others together; here
+    that is undone, for the weights or for anything of their shapes.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return dict(revert_weight_conversion(model, tensors))
+
+
+def weights_of(model: Any) -> dict[str, torch.Tensor]:
+    """A model's weights by their names in its file; writing to them changes the model.
+
+    Those that were made of several others in a way that leaves no view of them are missing.
+    """
+    weights = model.state_dict()
+    own = {tensor.untyped_storage().data_ptr() for tensor in weights.values()}
+    return {
+        name: tensor
+        for name, tensor in by_file_name(model, weights).items()
+        if tensor.untyped_storage().data_ptr() in own
+    }
+
+
 @contextlib.contextmanager
 def running(folder: Path) -> Iterator[None]:
     """Whatever a model raises on its examples becomes a CheckpointError."""
@@ -117,6 +142,8 @@ def _kind(folder: Path, config: Any) -> tuple[Kind, Any]:
             kind = "encoder"
         if kind == "sequence" and config.num_labels == 1:
             kind = "regression"
+        if getattr(config, "problem_type", None) == "multi_label_classification":
+            kind = "encoder"  # there is no one class
         takes = model_class.main_input_name
         if takes != "input_ids" and (takes != "pixel_values" or kind not in ("image", "encoder")):
             kind = None
