@@ -16,8 +16,10 @@ from nps_compress.errors import NpsError, SearchInterruptedError
 
 if TYPE_CHECKING:
     from nps_compress.packing import PackReport
+    from nps_compress.prune import Rule
     from nps_compress.recipe import Recipe
     from nps_compress.report import Quality
+    from nps_compress.searching import SearchOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -79,11 +81,24 @@ def _recipe_options(function: F) -> F:
         ),
         click.option(
             "--prune",
-            type=click.Choice(["magnitude", "sampled"]),
+            type=click.Choice(["magnitude", "sampled", "random"]),
             default="magnitude",
             show_default=True,
             help="magnitude: keep the largest changes. sampled: keep each change with a "
-            "probability in proportion to its size, scaled so that the expectation is exact.",
+            "probability in proportion to its size, scaled so that the expectation is exact. "
+            "random: keep any with the same probability, scaled (DARE).",
+        ),
+        click.option(
+            "--eligible",
+            type=float,
+            default=0.0,
+            help="With --prune sampled: positions that a seed makes eligible for each that is "
+            "kept (4).  [default: all are]",
+        ),
+        click.option(
+            "--grid",
+            is_flag=True,
+            help="With --prune sampled: round what exceeds the step to multiples of it.",
         ),
         click.option(
             "--scope",
@@ -94,18 +109,21 @@ def _recipe_options(function: F) -> F:
         ),
         click.option(
             "--importance",
-            type=click.Choice(["magnitude", "fisher"]),
+            type=click.Choice(["magnitude", "fisher", "activation"]),
             default="magnitude",
             show_default=True,
             help="What ranks changes. fisher: magnitude times how much the fine-tune's outputs "
-            "react, from gradients on the calibration data.",
+            "react, from gradients on the calibration data. activation: times the size of the "
+            "input, without gradients.",
         ),
         click.option(
             "--fitness",
-            type=click.Choice(["kl", "agreement", "loss", "accuracy"]),
-            help="What is measured on calibration data. kl (default) and agreement compare with "
-            "the fine-tune's own outputs and need no labels. With --retain, by default accuracy "
-            "where there are labels, loss for a causal LM, else agreement.",
+            metavar="NAME",
+            help="What is measured on calibration data. Without labels, against the fine-tune's "
+            "own outputs: kl, agreement, hidden, embedding. With them: loss, perplexity, accuracy, "
+            "exact_match, spearman. Or your own MODULE:FUNCTION. By default kl, or embedding for "
+            "encoders; with --retain accuracy where there are labels, loss for language models, "
+            "spearman where there are scores, else agreement or embedding.",
         ),
         click.option(
             "--subspaces",
@@ -122,17 +140,38 @@ def _recipe_options(function: F) -> F:
             help="tail: subspaces that halve towards the largest changes. equal: of equal count.",
         ),
         click.option(
+            "--genes",
+            default="subspaces",
+            show_default=True,
+            help="What is searched, separated by commas: subspaces (a coefficient each), groups "
+            "(of embeddings, attention, MLP), subspace-density, group-density (how much of each "
+            "is kept).",
+        ),
+        click.option(
+            "--draws",
+            type=int,
+            default=1,
+            show_default=True,
+            help="Seeds tried before the search, of which the best is kept.",
+        ),
+        click.option(
             "--generations",
             type=int,
-            default=30,
+            default=12,
             show_default=True,
-            help="CMA-ES generations; `pack` with 0 does not search.",
+            help="CMA-ES generations at most; `pack` with 0 does not search.",
         ),
         click.option(
             "--population",
             type=int,
             default=None,
-            help="Candidates a generation.  [default: 4 + 3 ln(subspaces)]",
+            help="Candidates a generation.  [default: 4 + 3 ln(genes)]",
+        ),
+        click.option(
+            "--workers",
+            type=int,
+            default=None,
+            help="Candidates in work at once, a model in memory each.  [default: one a GPU, or 1]",
         ),
         click.option(
             "--seed", type=int, default=0, show_default=True, help="Seed of search and sampling."
@@ -150,13 +189,14 @@ def _recipe_options(function: F) -> F:
 @click.option(
     "--calibration",
     type=click.Path(path_type=Path),
-    help='JSONL with {"text": ..., "label": ...} a line; turns the search on.',
+    help='JSONL, for a classifier of texts {"text": ..., "label": ...} a line, or a folder of '
+    "images with one folder a class; turns the search on.",
 )
 @click.option(
     "--retain",
     type=float,
     help="Find the least density that keeps this share of the fine-tune's quality (0.99) on the "
-    "calibration data; prunes by --prune sampled unless told otherwise.",
+    "calibration data, by --prune sampled or magnitude unless told which.",
 )
 @_recipe_options
 @click.option(
@@ -194,7 +234,7 @@ def pack(
     from nps_compress.packing import pack as run
     from nps_compress.recipe import Recipe
 
-    searched = {"subspaces", "cuts", "generations", "population"}
+    searched = {"subspaces", "cuts", "genes", "draws", "generations", "population", "workers"}
     others = {"calibration", "recipe_path", "retain"}
     _refuse_together(ctx, "--lossless", lossless, {*options, *others})
     _refuse_together(ctx, "--recipe", recipe_path, {*options, "retain"})
@@ -202,14 +242,17 @@ def pack(
     if calibration is None:
         for option in _given(ctx, {"fitness", "importance", "retain", *searched}):
             raise click.UsageError(f"{option} needs --calibration")
-    recipe = None
+    recipe: Recipe | None = None
+    rules: tuple[Rule, ...] = ()
     if recipe_path:
         recipe = Recipe.read(recipe_path)
         if recipe.importance == "magnitude":
             _refuse_together(ctx, "--recipe", recipe_path, {"calibration"})
         options["generations"] = 0
     elif retain is not None:
-        if not _given(ctx, {"prune"}):
+        if _given(ctx, {"prune"}):
+            rules = (options["prune"],)
+        else:
             options["prune"] = "sampled"
         recipe = _recipe(options, searched=False)
     elif not lossless:
@@ -222,9 +265,8 @@ def pack(
         lossless=lossless,
         retain=retain,
         calibration=calibration,
-        fitness=options["fitness"],
-        generations=options["generations"],
-        population=options["population"],
+        search=_search_options(options),
+        rules=rules,
         force=force,
         progress=True,
     )
@@ -236,7 +278,7 @@ def pack(
     elif report.recipe and report.recipe.search:
         _print_search(report.recipe)
     if report.quality:
-        _print_quality(report.quality)
+        _print_quality(report.quality, report.recipe.prune if report.recipe else "")
 
 
 @main.command()
@@ -247,7 +289,8 @@ def pack(
     "--calibration",
     required=True,
     type=click.Path(path_type=Path),
-    help='JSONL with {"text": ..., "label": ...} a line.',
+    help='JSONL, for a classifier of texts {"text": ..., "label": ...} a line, or a folder of '
+    "images with one folder a class.",
 )
 @_recipe_options
 @_force
@@ -278,16 +321,15 @@ def search(
         calibration,
         output,
         _recipe(options, searched=True),
-        fitness=options["fitness"] or "kl",
-        generations=options["generations"],
-        population=options["population"],
+        _search_options(options),
         force=force,
         progress=True,
     )
     if as_json:
         _print_json(recipe.to_dict())
     else:
-        click.echo(f"{output}: coefficients {', '.join(f'{c:.3f}' for c in recipe.coefficients)}")
+        genes = (f"{name} {value:.3f}" for name, value in recipe.search["genes"].items())
+        click.echo(f"{output}: {', '.join(genes)}")
         _print_search(recipe)
 
 
@@ -521,10 +563,19 @@ def import_(patch: Path, base: str, output: Path, force: bool, as_json: bool) ->
 def _recipe(options: dict[str, Any], searched: bool) -> Recipe:
     from nps_compress.recipe import Recipe
 
-    plain = {name: options[name] for name in ("prune", "density", "scope", "importance", "seed")}
+    names = ("prune", "density", "scope", "importance", "eligible", "grid", "seed")
+    plain = {name: options[name] for name in names}
     if not searched:
         return Recipe(**plain)
     return Recipe.with_subspaces(options["subspaces"], options["cuts"], **plain)
+
+
+def _search_options(options: dict[str, Any]) -> SearchOptions:
+    from nps_compress.searching import SearchOptions
+
+    names = ("fitness", "generations", "population", "draws", "workers")
+    genes = tuple(gene.strip() for gene in options["genes"].split(",") if gene.strip())
+    return SearchOptions(genes=genes, **{name: options[name] for name in names})
 
 
 def _refuse_together(ctx: click.Context, flag: str, given: object, others: set[str]) -> None:
@@ -566,7 +617,7 @@ def _print_search(recipe: Recipe) -> None:
     found = recipe.search
     click.echo(
         f"{found['fitness']} on calibration data: fine-tune {found['finetuned']:.5g}, all "
-        f"coefficients 1 {found['start']:.5g}, found {found['best']:.5g} "
+        f"factors 1 {found['start']:.5g}, found {found['best']:.5g} "
         f"in {found['evaluations']} evaluations"
     )
 
@@ -575,7 +626,7 @@ def _or_nothing(error: float | None) -> str:
     return "" if error is None else f"{error:.3g}"
 
 
-def _print_quality(quality: Quality) -> None:
+def _print_quality(quality: Quality, rule: str) -> None:
     said = (
         f"{quality.metric} on {quality.examples} calibration examples: base {quality.base:.5g}, "
         f"fine-tune {quality.finetuned:.5g}, packed {quality.packed:.5g}"
@@ -583,7 +634,7 @@ def _print_quality(quality: Quality) -> None:
     if quality.retained is None:
         said += ", of which no share can be stated"
     else:
-        said += f": {quality.retained:.2%} kept at density {quality.density:.3g}"
+        said += f": {quality.retained:.2%} kept by --prune {rule} at density {quality.density:.3g}"
     if quality.trials:
         said += f", found in {len(quality.trials)} trials"
     if quality.low is not None and quality.high is not None:

@@ -7,6 +7,7 @@
     ├── CheckpointError           a base or fine-tuned checkpoint can't be used
     │   └── PickleRefusedError    only pickled weights were found
     ├── CalibrationError          calibration data can't be used
+    ├── FitnessError              a fitness function of the user's own failed
     ├── RecipeError               a recipe or a saved search can't be used
     ├── RetainError               no density keeps the share of quality that was asked for
     ├── FormatError               a .nps file breaks a rule of format_spec/SPEC.md
@@ -61,6 +62,14 @@ class CalibrationError(NpsError):
     def __init__(self, path: Path | str, reason: str, line: int | None = None) -> None:
         self.path, self.reason, self.line = path, reason, line
         super().__init__(f"{path}{'' if line is None else f', line {line}'}: {reason}")
+
+
+class FitnessError(NpsError):
+    """A fitness function of the user's own raised, or returned something else than figures."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        self.name, self.reason = name, reason
+        super().__init__(f"fitness {name}: {reason}")
 
 
 class RecipeError(NpsError):

@@ -1,312 +1,320 @@
 """What a search maximises: how well a model does on calibration data.
 
-``kl``         minus the mean KL divergence from the fine-tune's own outputs (no labels)
-``agreement``  share of classes or next tokens predicted as the fine-tune does (no labels)
-``loss``       minus the mean cross-entropy of the labels (classifiers) or next tokens (causal LMs)
-``accuracy``   share of labels predicted (classifiers)
+Against the fine-tune's own outputs, without labels:
 
-Calibration data is JSONL: ``{"text": "...", "label": 3}`` a line; the label, a class index or a
-name from the model's config, is only read by ``loss`` and ``accuracy`` of classifiers.
+``kl``           minus the mean KL divergence from its classes or next tokens
+``agreement``    share of its classes or next tokens that are predicted
+``hidden``       minus the mean squared error of the last hidden states, relative to their square
+``embedding``    minus the mean squared distance of embeddings of unit length: 2 cos - 2
+
+Against the data:
+
+``loss``         minus the mean cross-entropy of labels or next tokens (squared error of scores)
+``perplexity``   minus the exponential of the mean cross-entropy of next tokens
+``accuracy``     share of labels that are predicted
+``exact_match``  share of greedy answers that equal the target, but for white space around them
+``spearman``     rank correlation with scores: of the cosine of two texts' embeddings, or of what a
+                 regression model says
+
+And ``module:function``, a function of the user's own (see callables). Higher is better.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
-import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch.nn import functional
 
-from nps_compress.errors import CalibrationError, CheckpointError, InvalidArgumentError
+from nps_compress import callables
+from nps_compress.adapters import Clip, Generator, Kind, device, each
+from nps_compress.batches import Batch, in_batches
+from nps_compress.calibration import Example
+from nps_compress.divergence import Reference, divergence, reference
+from nps_compress.errors import CalibrationError, InvalidArgumentError
+from nps_compress.measured import Measured, join
+from nps_compress.models import kind_of, load_model, running, weights_of
 
-FitnessName = Literal["kl", "agreement", "loss", "accuracy"]
+FitnessName = Literal[
+    "kl",
+    "agreement",
+    "loss",
+    "perplexity",
+    "accuracy",
+    "exact_match",
+    "spearman",
+    "hidden",
+    "embedding",
+]
 FITNESSES: tuple[FitnessName, ...] = get_args(FitnessName)
-MAX_TOKENS = 512
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+_STATES: tuple[FitnessName, ...] = ("hidden", "embedding")
+_CLASSES: tuple[FitnessName, ...] = ("kl", "agreement", "loss", "accuracy", *_STATES)
+_ANSWERS: tuple[FitnessName, ...] = (
+    *("kl", "agreement", "loss", "perplexity", "exact_match"),
+    *_STATES,
+)
+SUITS: dict[Kind, tuple[FitnessName, ...]] = {
+    "sequence": _CLASSES,
+    "regression": ("loss", "spearman", *_STATES),
+    "token": _CLASSES,
+    "causal": _ANSWERS,
+    "seq2seq": _ANSWERS,
+    "image": _CLASSES,
+    "clip": _CLASSES,
+    "encoder": ("spearman", *_STATES),
+}
+LABEL_FREE: tuple[FitnessName, ...] = ("kl", "agreement", *_STATES)
+_ANSWER_SLACK = 8  # tokens that an answer may go on beyond the longest target
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of calibration data."""
+def check_fitness(name: str) -> str:
+    """The name of a fitness, whose function is imported where it is the user's own.
 
-    text: str
-    label: int | str | None
-
-
-def read_jsonl(path: Path) -> list[Row]:
-    """Calibration data from JSONL. Raises CalibrationError with the number of a bad line."""
-    rows = []
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # JSON may hold other line ends
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(path, str(error)) from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise CalibrationError(path, f"is not JSON ({error})", number) from None
-        if not isinstance(value, dict) or not isinstance(value.get("text"), str):
-            raise CalibrationError(path, 'needs an object with a string under "text"', number)
-        if any(0xD800 <= ord(char) < 0xE000 for char in value["text"]):
-            raise CalibrationError(path, "text holds unpaired surrogates", number)
-        label = value.get("label")
-        if isinstance(label, bool) or not isinstance(label, int | str | None):
-            raise CalibrationError(path, f"label must be an int or a string: {label!r}", number)
-        rows.append(Row(value["text"], label))
-    if not rows:
-        raise CalibrationError(path, "holds no examples")
-    return rows
+    Raises:
+        InvalidArgumentError: an unknown one, or nothing to import. FitnessError: importing fails.
+    """
+    if name in FITNESSES:
+        return name
+    if not callables.is_callable_name(name):
+        raise InvalidArgumentError(
+            "fitness", name, f"one of {', '.join(FITNESSES)}, or your own module:function"
+        )
+    callables.load_function(name)
+    return name
 
 
-def data_digest(rows: Sequence[Row]) -> str:
-    """SHA-256 of calibration data, to tell whether a saved search used the same."""
-    text = json.dumps([[row.text, row.label] for row in rows])
-    return hashlib.sha256(text.encode()).hexdigest()
+def natural_metric(folder: Path, examples: Sequence[Example]) -> FitnessName:
+    """What people judge such a model by, as far as the data goes.
+
+    Accuracy where there are labels, loss of language models, Spearman's correlation where there
+    are scores; else agreement with the fine-tune, or of embeddings where nothing is predicted.
+    """
+    kind = kind_of(folder)
+    if kind == "causal" or (kind == "seq2seq" and all(e.target is not None for e in examples)):
+        return "loss"
+    if kind in ("encoder", "regression"):
+        pairs = kind == "regression" or all(e.pair is not None for e in examples)
+        scored = all(isinstance(e.label, int | float) for e in examples)
+        return "spearman" if pairs and scored else "embedding"
+    if kind == "token":
+        labelled = all(e.labels is not None for e in examples)
+    else:
+        labelled = all(e.label is not None for e in examples)
+    if kind == "seq2seq" or not labelled:
+        return "agreement" if _has_classes(kind, examples) else "embedding"
+    return "accuracy"
 
 
-def check_fitness(name: str) -> FitnessName:
-    """The name of a fitness. Raises InvalidArgumentError for an unknown one."""
-    for known in FITNESSES:
-        if name == known:
-            return known
-    raise InvalidArgumentError("fitness", name, f"one of {', '.join(FITNESSES)}")
+def label_free_fitness(folder: Path, examples: Sequence[Example]) -> FitnessName:
+    """What a search maximises by default: ``kl``, or ``embedding`` where nothing is predicted."""
+    kind = kind_of(folder)
+    return "kl" if "kl" in SUITS[kind] and _has_classes(kind, examples) else "embedding"
 
 
-def device() -> torch.device:
-    """The CUDA device where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A fitness by example. sums: [n] float64 over what it predicts; counts: [n] int64 of that
-    (1 for a classifier, its next tokens for a text)."""
-
-    sums: npt.NDArray[np.float64]
-    counts: npt.NDArray[np.int64]
-
-    @property
-    def score(self) -> float:
-        """The mean over all that is predicted."""
-        return float(self.sums.sum() / self.counts.sum())
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """inputs: what the model takes, [batch, tokens] each; labels: [batch] int64 or None."""
-
-    inputs: dict[str, torch.Tensor]
-    labels: torch.Tensor | None
+def _has_classes(kind: Kind, examples: Sequence[Example]) -> bool:
+    """CLIP's are the labels."""
+    return kind != "clip" or len({e.label for e in examples if e.label is not None}) > 1
 
 
 class Fitness:
     """A model of the fine-tune's architecture and what it is scored on.
 
     ``model`` starts as the fine-tune, in float32; its weights may then be overwritten between
-    calls of :meth:`score`.
+    calls, by their names in the file through ``weights``. It is on ``where``, by default a GPU if
+    there is one. What the fine-tune says is kept in memory: for ``kl`` at most 1,024 numbers a
+    prediction, for ``hidden`` the states of all tokens (tokens x width x 4 bytes). So are the
+    pixels of all images.
 
     Raises:
-        CheckpointError: the folder can't be loaded as a classifier or causal LM.
-        CalibrationError: labels are missing or unknown. InvalidArgumentError: unknown name.
+        CheckpointError: the folder can't be loaded as a model of a known kind, or not be run.
+        CalibrationError: what the fitness needs is missing from the data.
+        InvalidArgumentError: an unknown name, or one that doesn't suit the model.
+        FitnessError: the user's own function fails.
     """
 
     def __init__(
         self,
         finetuned: Path,
-        rows: Sequence[Row],
+        examples: Sequence[Example],
         name: str = "kl",
         batch_size: int = 32,
         source: Path | str = "calibration data",
+        where: torch.device | None = None,
     ) -> None:
-        if not rows:
+        if not examples:
             raise CalibrationError(source, "holds no examples")
-        self.name = check_fitness(name)
-        self.source = source
-        self.model, tokenizer, self.is_classifier = load_model(finetuned)
-        if name == "accuracy" and not self.is_classifier:
-            raise InvalidArgumentError("fitness", name, "kl, agreement or loss for a causal LM")
-        self.model.to(device())
-        self._batches = self._batch(rows, tokenizer, batch_size)
-        self._reference: list[torch.Tensor] = []  # what the fine-tune says, a batch each
-        for batch in self._batches if name in ("kl", "agreement") else ():
-            said = self._log_probabilities(batch)
-            self._reference.append(said if name == "kl" else said.argmax(-1))
+        self.name, self.source = check_fitness(name), source
+        self._loaded = load_model(finetuned)
+        self.model = self._loaded.model
+        self._examples = list(examples)
+        self._function = None if name in FITNESSES else callables.load_function(name)
+        if not self._function and name not in SUITS[self._loaded.kind]:
+            suiting = ", ".join(SUITS[self._loaded.kind])
+            raise InvalidArgumentError(
+                "fitness", name, f"{suiting} or module:function for {_KINDS[self._loaded.kind]}"
+            )
+        self.model.to(where or device())
+        self.weights = weights_of(self.model)
+        self._batches: list[Batch] = []
+        self._answers: list[tuple[list[list[int]], list[str]]] = []  # a batch's prompts, targets
+        self._said: list[torch.Tensor | Reference] = []  # by the fine-tune, a batch each
+        self._square = 1.0  # the mean of its hidden states' elements
+        with running(finetuned):
+            if self.name == "exact_match":
+                self._answers = self._prompts(batch_size)
+            elif not self._function:
+                encoded = self._loaded.encode(examples, source, name not in LABEL_FREE)
+                self._batches = self._loaded.batches(encoded, batch_size)
+                self._check()
+                self._remember()
 
     def score(self) -> float:
         """How good the model is with its present weights; higher is better."""
         return self.measure().score
 
-    @torch.inference_mode()
     def measure(self) -> Measured:
         """The score of each example; their order is the same from call to call."""
-        sums, counts = [], []
-        for index, batch in enumerate(self._batches):
-            found = self._log_probabilities(batch)  # [n, classes]
-            if self.name == "kl":
-                wanted = self._reference[index]
-                kl = functional.kl_div(found, wanted, reduction="none", log_target=True)
-                values = -kl.sum(-1)
-            elif self.name == "loss":
-                values = -functional.nll_loss(found, self._targets(batch), reduction="none")
-            else:
-                wanted = self._reference[index] if self._reference else self._targets(batch)
-                values = (found.argmax(-1) == wanted).float()
-            if self.is_classifier:
-                size = torch.ones(len(values), dtype=torch.int64)
-            else:
-                size = _next_is_text(batch).sum(1).cpu()
-            example = torch.repeat_interleave(torch.arange(len(size)), size)
-            total = torch.zeros(len(size), dtype=torch.float64)
-            sums.append(total.index_add(0, example, values.double().cpu()).numpy())
-            counts.append(size.numpy())
-        measured = Measured(np.concatenate(sums), np.concatenate(counts))
-        if not measured.counts.sum():
-            raise CalibrationError(self.source, "holds no text of two tokens or more")
-        return measured
+        return join(self.parts(range(self.part_count)))
+
+    @property
+    def part_count(self) -> int:
+        """Batches; a function of the user's own is one part."""
+        return max(1, len(self._batches), len(self._answers))
+
+    def parts(self, numbers: Iterable[int]) -> Iterator[Measured]:
+        """Batch by batch, in an order that never changes and is not one of length.
+
+        The first parts therefore stand for all: who judges by them can stop early.
+        """
+        for number in numbers:
+            yield self._part(number)
 
     @torch.inference_mode()
-    def _log_probabilities(self, batch: _Batch) -> torch.Tensor:
-        """Of classes, [batch, classes], or of each next token, [tokens, vocabulary]."""
-        logits = self.model(**batch.inputs).logits.float()
-        if not self.is_classifier:
-            logits = logits[:, :-1][_next_is_text(batch)]
-        return functional.log_softmax(logits, -1)
-
-    def _targets(self, batch: _Batch) -> torch.Tensor:
-        if batch.labels is not None:
-            return batch.labels
-        return batch.inputs["input_ids"][:, 1:][_next_is_text(batch)]
-
-    def _batch(self, rows: Sequence[Row], tokenizer: Any, batch_size: int) -> list[_Batch]:
-        limit = token_limit(self.model, tokenizer)
-        tokens = tokenizer([row.text for row in rows], truncation=True, max_length=limit)
-        for number, ids in enumerate(tokens["input_ids"], 1):
-            if not ids:
-                raise CalibrationError(self.source, f"example {number} has no tokens")
-        labels = None
-        if self.is_classifier and self.name in ("loss", "accuracy"):
-            labels = [self._label(row, number) for number, row in enumerate(rows, 1)]
-        # Alike lengths share a batch, so that little is spent on padding.
-        order = sorted(range(len(rows)), key=lambda i: len(tokens["input_ids"][i]))
-        batches = []
-        for start in range(0, len(order), batch_size):
-            picked = order[start : start + batch_size]
-            features = {key: [tokens[key][i] for i in picked] for key in tokens}
-            inputs = tokenizer.pad(features, return_tensors="pt").to(device())
-            chosen = None
-            if labels is not None:
-                chosen = torch.tensor([labels[i] for i in picked], device=device())
-            batches.append(_Batch(dict(inputs), chosen))
-        return batches
-
-    def _label(self, row: Row, number: int) -> int:
-        names = self.model.config.label2id or {}
-        label = names.get(row.label) if isinstance(row.label, str) else row.label
-        if label is None or not 0 <= label < self.model.config.num_labels:
-            raise CalibrationError(
-                self.source,
-                f"example {number} has label {row.label!r}, the model knows "
-                f"{self.model.config.num_labels} classes",
+    def _part(self, index: int) -> Measured:
+        loaded = self._loaded
+        if self._function:
+            return callables.call(
+                self.name, self._function, self.model, self._examples, loaded.processor
             )
-        return label
+        with running(loaded.folder):
+            if self._answers:
+                return self._match(*self._answers[index])
+            batch = self._batches[index]
+            if self.name == "spearman":
+                return self._scores(batch)
+            values, owner = self._values(batch, self._said[index] if self._said else None)
+            sums = torch.zeros(batch.size, dtype=torch.float64)
+            sums.index_add_(0, owner.cpu(), values.double().cpu())
+            counts = torch.bincount(owner.cpu(), minlength=batch.size)
+            how: Literal["perplexity", "mean"] = (
+                "perplexity" if self.name == "perplexity" else "mean"
+            )
+            return Measured(sums.numpy(), counts.numpy(), how)
 
+    def _values(
+        self, batch: Batch, said: torch.Tensor | Reference | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of each prediction, position or embedding, and the example that it belongs to."""
+        if self.name == "hidden":
+            assert isinstance(said, torch.Tensor)
+            found, owner = self._loaded.hidden(batch)
+            return -(found - said).square().mean(-1) / self._square, owner
+        if self.name == "embedding":
+            assert isinstance(said, torch.Tensor)
+            found = self._loaded.embeddings(batch)
+            return -(found - said).square().sum(-1), batch.row_owner
+        logits = self._loaded.logits(batch)
+        if isinstance(said, Reference):
+            return -divergence(said, functional.log_softmax(logits, -1)), batch.owner
+        wanted = batch.targets if said is None else said
+        assert wanted is not None
+        if self._loaded.kind == "regression":
+            return -(logits[:, 0] - wanted).square(), batch.owner
+        if self.name in ("loss", "perplexity"):
+            return -functional.cross_entropy(logits, wanted, reduction="none"), batch.owner
+        top = logits.max(-1)
+        right = (top.indices == wanted) & ~top.values.isnan()  # a broken model predicts nothing
+        return right.float(), batch.owner
 
-def token_limit(model: Any, tokenizer: Any) -> int:
-    """Tokens that a text is cut to: what the model takes, MAX_TOKENS at most."""
-    positions = getattr(model.config, "max_position_embeddings", None) or MAX_TOKENS
-    return min(tokenizer.model_max_length, positions, MAX_TOKENS)
-
-
-def _next_is_text(batch: _Batch) -> torch.Tensor:
-    """Which positions predict a token of the text. -> [batch, tokens - 1] bool."""
-    mask = batch.inputs["attention_mask"].bool()
-    return mask[:, :-1] & mask[:, 1:]
-
-
-def load_model(folder: Path) -> tuple[Any, Any, bool]:
-    """A model in float32 on the CPU, in eval mode, its tokenizer, and whether it classifies.
-
-    Raises:
-        CheckpointError: the folder holds no sequence classifier or causal LM with a tokenizer.
-    """
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoModelForSequenceClassification,
-        AutoTokenizer,
-    )
-
-    is_classifier = classifies(folder)
-    auto = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
-    try:
-        if not any((folder / name).exists() for name in TOKENIZER_FILES):
-            raise CheckpointError(folder, "holds no tokenizer")  # transformers would invent one
-        with quiet_transformers():
-            model = auto.from_pretrained(folder, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-    except CheckpointError:
-        raise
-    except Exception as error:  # transformers raises whatever a broken folder leads to
-        raise _not_loadable(folder, error) from error
-    if tokenizer.pad_token is None:  # any token will do: padding is masked
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-    tokenizer.padding_side = "right"  # positions then count from the first token of the text
-    model.config.pad_token_id = tokenizer.pad_token_id
-    return model.eval(), tokenizer, is_classifier
-
-
-def classifies(folder: Path) -> bool:
-    """Whether the model in a folder is a sequence classifier; else it is a causal LM.
-
-    Raises:
-        CheckpointError: it is neither.
-    """
-    from transformers import AutoConfig
-
-    try:
-        architecture = (AutoConfig.from_pretrained(folder).architectures or ["unknown"])[0]
-    except Exception as error:  # as for load_model
-        raise _not_loadable(folder, error) from error
-    is_classifier = architecture.endswith("ForSequenceClassification")
-    if not is_classifier and not architecture.endswith(("ForCausalLM", "LMHeadModel")):
-        raise CheckpointError(
-            folder, f"is a {architecture}; a fitness needs a sequence classifier or a causal LM"
+    def _scores(self, batch: Batch) -> Measured:
+        assert batch.targets is not None
+        if self._loaded.kind == "regression":
+            found = self._loaded.logits(batch)[:, 0]
+        else:
+            left, right = self._loaded.embeddings(batch).view(batch.size, 2, -1).unbind(1)
+            found = (left * right).sum(-1)
+        return Measured(
+            found.double().cpu().numpy(),
+            np.ones(batch.size, np.int64),
+            "spearman",
+            batch.targets.double().cpu().numpy(),
         )
-    return bool(is_classifier)
+
+    def _match(self, prompts: list[list[int]], targets: list[str]) -> Measured:
+        loaded = self._loaded
+        assert isinstance(loaded, Generator)
+        answers = loaded.answers(prompts, self._room)
+        right = [
+            loaded.text_of(answer).strip() == target
+            for answer, target in zip(answers, targets, strict=True)
+        ]
+        return Measured(np.array(right, np.float64), np.ones(len(right), np.int64))
+
+    def _prompts(self, batch_size: int) -> list[tuple[list[list[int]], list[str]]]:
+        """Batches of prompts, tokens each, and of the texts that should follow."""
+        loaded = self._loaded
+        assert isinstance(loaded, Generator)
+        wanted = each(self._examples, self.source, loaded.target)
+        # The same for all, so that an answer does not depend on its batch.
+        self._room = max(map(len, wanted)) + _ANSWER_SLACK
+        prompts = each(self._examples, self.source, lambda e: loaded.prompt(e, self._room))
+        targets = [(example.target or "").strip() for example in self._examples]
+        return [
+            ([prompts[i] for i in picked], [targets[i] for i in picked])
+            for picked in in_batches([len(p) for p in prompts], batch_size, 1 << 40)
+        ]
+
+    def _check(self) -> None:
+        """Raise CalibrationError where nothing is predicted."""
+        if self.name in ("hidden", "embedding", "spearman"):
+            return
+        if isinstance(self._loaded, Clip) and len(self._loaded.classes) < 2:
+            raise CalibrationError(self.source, "needs two labels or more: they are CLIP's classes")
+        if not sum(len(batch.owner) for batch in self._batches):
+            what = {"causal": "text of two tokens or more", "token": "word with a label"}
+            raise CalibrationError(
+                self.source, f"holds no {what.get(self._loaded.kind, 'prediction')}"
+            )
+
+    @torch.inference_mode()
+    def _remember(self) -> None:
+        """Keep what the fine-tune says, where the fitness compares with it."""
+        loaded = self._loaded
+        for batch in self._batches if self.name in LABEL_FREE else ():
+            if self.name == "kl":
+                self._said.append(reference(functional.log_softmax(loaded.logits(batch), -1)))
+            elif self.name == "agreement":
+                self._said.append(loaded.logits(batch).argmax(-1))
+            elif self.name == "embedding":
+                self._said.append(loaded.embeddings(batch))
+            else:
+                self._said.append(loaded.hidden(batch)[0])
+        if self.name == "hidden":
+            states = [said for said in self._said if isinstance(said, torch.Tensor)]
+            total = sum(float(state.double().square().sum()) for state in states)
+            self._square = total / sum(state.numel() for state in states) or 1.0
 
 
-def _not_loadable(folder: Path, error: Exception) -> CheckpointError:
-    reason = " ".join(str(error).split())[:300]
-    return CheckpointError(folder, f"can't be loaded by transformers ({reason})")
-
-
-def natural_metric(folder: Path, rows: Sequence[Row]) -> FitnessName:
-    """What people judge such a model by: accuracy with labels, loss for a causal LM."""
-    if not classifies(folder):
-        return "loss"
-    return "agreement" if any(row.label is None for row in rows) else "accuracy"
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep load reports and progress bars of transformers off the terminal for a while."""
-    from transformers.utils import logging as hf_logging
-
-    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity(logging.CRITICAL)
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(level)
-        if bars:
-            hf_logging.enable_progress_bar()
+_KINDS: dict[Kind, str] = {
+    "sequence": "a sequence classifier",
+    "regression": "a regression model",
+    "token": "a token classifier",
+    "causal": "a causal LM",
+    "seq2seq": "an encoder-decoder",
+    "image": "an image classifier",
+    "clip": "CLIP",
+    "encoder": "an encoder",
+}

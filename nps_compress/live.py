@@ -7,7 +7,7 @@ one: the rest is looked at again only when a candidate reaches further.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -27,21 +27,25 @@ if TYPE_CHECKING:
 
 
 class LiveModel:
-    """A float32 model whose prunable weights are overwritten by one candidate after another."""
+    """A float32 model whose prunable weights are overwritten by one candidate after another.
 
-    def __init__(self, pruner: Pruner, model: torch.nn.Module) -> None:
+    weights: by their names in the fine-tune's file.
+    """
+
+    def __init__(self, pruner: Pruner, weights: Mapping[str, torch.Tensor]) -> None:
         self._pruner = pruner
-        parameters = model.state_dict()
-        missing = [name for name in pruner.names if name not in parameters]
+        missing = [name for name in pruner.names if name not in weights]
         if missing:
             raise CheckpointError(
                 pruner.pair.finetuned.path,
-                f"tensor {missing[0]!r} has no parameter of that name in {type(model).__name__}",
+                f"tensor {missing[0]!r} has no parameter of that name in the model",
             )
         self._tensors = {
-            name: _LiveTensor(parameters[name].view(-1), pruner.load(name), pruner.importance(name))
+            name: _LiveTensor(weights[name], pruner.load(name), pruner.importance(name))
             for name in pruner.names
         }
+        # The largest first, so that no thread is left with it at the end.
+        self._order = sorted(pruner.names, key=lambda name: -weights[name].numel())
 
     def apply(self, recipe: Recipe | None = None) -> None:
         """Overwrite the weights with what would be stored. None: the pruner's recipe."""
@@ -64,43 +68,48 @@ class LiveModel:
 
     def _for_each(self, run: Callable[[str], None]) -> None:
         with ThreadPoolExecutor(workers()) as pool:
-            list(pool.map(run, self._tensors))
+            list(pool.map(run, self._order))
 
 
 class _LiveTensor:
-    """One parameter. target: [numel] float32, where the model has it."""
+    """One parameter. target: float32, where the model has it."""
 
     def __init__(self, target: torch.Tensor, loaded: Loaded, importance: Float32) -> None:
         self.loaded = loaded
         self._target, self._importance = target, importance
+        self._flat = target.view(-1) if target.is_contiguous() else None
         # Where the parameter differs from the base, and the base there; None: anywhere.
         self._changed: tuple[npt.NDArray[np.uint32], Float32] | None = None
         self._short: tuple[object, Reach, Elements] | None = None  # what the list is good for
 
     def write_base(self) -> None:
-        if self._changed is None:
+        if self._changed is None or self._flat is None:
             self._write_all(to_float32(*self.loaded[:2]))
         else:
-            _put(self._target, *self._changed)
-        nothing = np.empty(0, np.uint32), np.empty(0, np.float32)
-        self._changed = nothing
+            _put(self._flat, *self._changed)
+        self._changed = np.empty(0, np.uint32), np.empty(0, np.float32)
 
     def write_finetuned(self) -> None:
         self._write_all(to_float32(*self.loaded[2:]))
         self._changed = None
 
     def write(self, selection: Selection, group: int, seed: int) -> None:
-        self.write_base()
         elements = self._short_list(selection, group, seed)
         indices, values = select(selection, elements, self.loaded[1], seed, group)
         at = elements.at[indices]
-        _put(self._target, at, values)
+        if self._flat is None:
+            whole = to_float32(*self.loaded[:2]).copy()
+            whole[at] = values
+            self._write_all(whole)
+            return
+        self.write_base()
+        _put(self._flat, at, values)
         self._changed = at, elements.before[indices]
 
     def _write_all(self, values: Float32) -> None:
         import torch
 
-        self._target.copy_(torch.from_numpy(values))
+        self._target.copy_(torch.from_numpy(values).view(self._target.shape))
 
     def _short_list(self, selection: Selection, group: int, seed: int) -> Elements:
         alike = (selection.rule, selection.eligible, seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,17 +23,25 @@ from nps_compress.errors import BaseMismatchError, InvalidArgumentError
 from nps_compress.format.layout import MIN_CHUNK_LOG2, Op
 from nps_compress.format.records import BaseTensor, TensorEntry, base_root, printable
 from nps_compress.format.writer import NpsWriter, check_name
-from nps_compress.prune import Selection
+from nps_compress.prune import Rule, Selection
 from nps_compress.recipe import Recipe
 from nps_compress.reconstruct import BASE_NAME_KEY, FINETUNED_NAME_KEY
 from nps_compress.report import Quality, errors_to_metadata
-from nps_compress.searching import RetainJob, SearchJob, counted, input_files, memory_budget
+from nps_compress.searching import (
+    RetainJob,
+    SearchJob,
+    SearchOptions,
+    counted,
+    input_files,
+    memory_budget,
+)
 
 # Side files up to this size are stored even where the base has the same: a config is often
 # rewritten when a base is saved again, a vocabulary hardly ever.
 ALWAYS_STORED_BYTES = 16 * 1024
 _KEPT_PER_CHUNK = 16384  # enough that a frame's header and a record cost under 1 %
 _NEW_CHUNK_LOG2 = 20
+RETAIN_RULES: tuple[Rule, ...] = ("sampled", "magnitude")
 
 
 @dataclass(frozen=True)
@@ -79,20 +87,20 @@ def pack(
     lossless: bool = False,
     retain: float | None = None,
     calibration: str | Path | None = None,
-    fitness: str | None = None,
-    generations: int = 30,
-    population: int | None = None,
+    search: SearchOptions | None = None,
+    rules: Sequence[Rule] = (),
     force: bool = False,
     progress: bool = False,
 ) -> PackReport:
     """Write ``out``, a ``.nps`` file that turns ``base`` into (nearly) ``finetuned``.
 
     base, finetuned: folder, ``.safetensors`` file, or Hub id in the local cache. ``recipe`` says
-    what is kept (default: the largest 5 % of magnitudes); with ``calibration`` its coefficients
-    are searched first (``fitness``: kl; ``generations`` 0: not searched). ``retain`` asks for a
-    share of the fine-tune's quality instead of a density (``fitness``: accuracy where there are
-    labels, loss for a causal LM, else agreement), ``lossless`` keeps every changed bit. Tensors
-    that only the fine-tune has, or whose shape or kind rules pruning out, are kept exactly.
+    what is kept (default: the largest 5 % of magnitudes). With ``calibration`` its factors are
+    searched first, as ``search`` says. ``retain`` asks for a share of the fine-tune's quality
+    instead of a density, measured by ``search.fitness`` (default: what people judge such a model
+    by); of the ``rules`` (default: RETAIN_RULES) the one that needs the least density is taken.
+    ``lossless`` keeps every changed bit. Tensors that only the fine-tune has, or whose shape or
+    kind rules pruning out, are kept exactly, as are small ones where that costs under 1 %.
 
     Raises:
         OutputExistsError, CheckpointError, CalibrationError, InvalidArgumentError, RecipeError,
@@ -102,30 +110,35 @@ def pack(
     refuse_existing(out, force)
     if lossless and (recipe is not None or calibration is not None or retain is not None):
         raise InvalidArgumentError("lossless", True, "used without recipe, calibration and retain")
-    search, asked = None, None
+    options = search or SearchOptions()
+    job, asked, examples = None, None, None
     if retain is not None:
         if calibration is None:
             raise InvalidArgumentError("retain", retain, "used with calibration data")
-        asked = RetainJob(Path(calibration), fitness, retain)
-        recipe = recipe or Recipe(prune="sampled")
-    elif calibration is not None and generations:
-        search = SearchJob(Path(calibration), fitness or "kl", generations, population, out)
-        recipe = recipe or Recipe.with_subspaces(8, "tail")
+        asked = RetainJob(Path(calibration), options.fitness, retain, rules or RETAIN_RULES)
+        examples, recipe = asked.examples, recipe or Recipe(prune="sampled")
+    elif calibration is not None and options.generations:
+        job = SearchJob(Path(calibration), options, out)
+        examples, recipe = job.examples, recipe or Recipe.with_subspaces(8, "tail")
+    elif calibration is not None:
+        from nps_compress.calibration import read_examples
+
+        examples = read_examples(Path(calibration))
     recipe = recipe or Recipe()
     pair_ = pair(open_checkpoint(base), open_checkpoint(finetuned))
     refuse_input_as_output(out, input_files(pair_, calibration))
     for name in (*pair_.base.tensors, *pair_.finetuned.tensors):
         check_name(name)
-    pruner = None if lossless else counted(pair_, recipe, calibration, progress)
+    pruner = None if lossless else counted(pair_, recipe, examples, calibration, progress)
     quality = None
-    if pruner and search:
-        quality = search.run_and_report(pruner, progress)
+    if pruner and job:
+        quality = job.run(pruner, progress)
     if pruner and asked:
         quality = asked.run(pruner, progress)
     metadata = quality.to_metadata() if quality else {}
     report = write(pair_, pruner, out, metadata, force, progress)
-    if search:
-        search.state.unlink(missing_ok=True)
+    if job:
+        job.state.unlink(missing_ok=True)
     return replace(report, quality=quality)
 
 
@@ -157,7 +170,8 @@ def write(
     base, finetuned = pair_.base, pair_.finetuned
     base_index = {name: index for index, name in enumerate(base.tensors)}
     selection = pruner.selection() if pruner else None
-    prunable = set(pruner.names) if pruner else set()
+    groups = pruner.pruned_groups() if pruner else []
+    prunable = {name for name in pruner.names if pruner.group(name) in groups} if pruner else set()
 
     def encode(name: str) -> _Encoded:
         return _encode(pair_, name, pruner if name in prunable else None, selection, base_index)

@@ -24,13 +24,13 @@ _MAX_TENSOR_ERRORS_BYTES = 1 << 18
 _MAX_TRIALS = 1000
 _NUMBER = re.compile(r"-?\d{1,32}(\.\d{1,32})?(e[+-]?\d{1,3})?", re.ASCII)
 _INTEGER = re.compile(r"\d{1,18}", re.ASCII)
-_WORDS = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._/+-]{0,63}")
+_WORDS = re.compile(r"[A-Za-z0-9_][A-Za-z0-9 ._:/+-]{0,63}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _FLOATS = ("target", "density", "base", "finetuned", "packed", "retained")
 _INTEGERS = ("examples", "seed", "evaluations")
 
-# Metrics without a zero of their own: their share is of the fine-tune's gain over its base.
-OVER_BASE = ("loss", "kl")
+# Zero where nothing is left, so the share of the fine-tune's own; of all others, of its gain.
+RATIOS = ("agreement", "accuracy", "exact_match", "spearman")
 
 ERROR_MEANING = (
     "norm of packed - fine-tune over norm of fine-tune - base: 0 is exact, 1 as if nothing were "
@@ -40,10 +40,11 @@ ERROR_MEANING = (
 
 @dataclass(frozen=True)
 class Trial:
-    """One density that was tried, and the share that it kept."""
+    """One density that was tried, the share that it kept, and by which rule."""
 
     density: float
     retained: float
+    prune: str | None = None
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Quality:
     """What was kept, on calibration data; None where that is not known.
 
     ``retained`` is the share of the fine-tune's score that the packed model reaches; for the
-    metrics of OVER_BASE, of its gain over the base. ``low`` and ``high``:
+    metrics without a zero (all but RATIOS), of its gain over the base. ``low`` and ``high``:
     its 95 % bootstrap interval over examples, which is what to expect on other data of the same
     kind. ``base`` has the fine-tune's own new tensors (its head), and nothing of its task vector.
     ``target`` and ``trials``: the share that was asked for, and the densities tried for it.
@@ -99,7 +100,9 @@ class Quality:
             texts["interval"] = f"{self.low:.6g} to {self.high:.6g}"
         if self.trials:
             tried = [
-                [t.density, round(t.retained, 6)] for t in self.trials if _is_finite(t.retained)
+                [t.density, round(t.retained, 6), t.prune]
+                for t in self.trials
+                if _is_finite(t.retained)
             ]
             texts["trials"] = json.dumps(tried)
         return {_PREFIX + name: text for name, text in texts.items() if text is not None}
@@ -134,7 +137,7 @@ class Quality:
             kept = f"{self.retained:.2%}"
             if self.low is not None and self.high is not None:
                 kept += f" (95 % interval {self.low:.2%} to {self.high:.2%})"
-        gain = " of the gain over the base" if self.metric in OVER_BASE else ""
+        gain = "" if self.metric in RATIOS else " of the gain over the base"
         wanted = None if self.target is None else f"{self.target:.2%}"
         return [
             (label, str(value))
@@ -214,9 +217,12 @@ def recipe_words(metadata: Mapping[str, str]) -> str | None:
     what = {
         "magnitude": f"the largest {density:.4g} of the changes",
         "sampled": f"an unbiased sample of {density:.4g} of the changes",
-    }.get(recipe["prune"], f"{density:.4g} of the changes ({recipe['prune']})")
+        "random": f"{density:.4g} of the changes at random, rescaled",
+    }[recipe["prune"]]
     where = "within each tensor" if recipe.get("scope") == "tensor" else "over the whole model"
-    ranked = "size times Fisher importance" if recipe.get("importance") == "fisher" else "size"
+    ranked = {"fisher": "size times Fisher importance", "activation": "size times input norm"}.get(
+        str(recipe.get("importance")), "size"
+    )
     parts = [f"{what}, ranked by {ranked} {where}"]
     coefficients = recipe.get("coefficients")
     if isinstance(coefficients, list) and len(coefficients) > 1:
@@ -266,8 +272,9 @@ def _trials(text: str) -> tuple[Trial, ...]:
     pairs = read if isinstance(read, list) else []
     found = []
     for pair in pairs[:_MAX_TRIALS]:
-        if isinstance(pair, list) and len(pair) == 2:
-            density, retained = map(_finite, pair)
+        if isinstance(pair, list) and len(pair) in (2, 3):
+            density, retained = map(_finite, pair[:2])
+            rule = pair[2] if len(pair) == 3 and pair[2] in RULES else None
             if density is not None and retained is not None:
-                found.append(Trial(density, retained))
+                found.append(Trial(density, retained, rule))
     return tuple(found)

@@ -1,151 +1,174 @@
-"""The least density that keeps a share of the fine-tune's quality.
+"""The smallest recipe that keeps a share of the fine-tune's quality.
 
-Densities are tried from the largest down, a factor of sqrt(2) apart, until two in a row keep too
-little; then the step below the smallest that kept enough is halved twice. Going down step by step
-costs more trials than bisection and does not trust one lucky draw far down.
+For each rule in turn, densities are tried from the largest down, a factor of sqrt(2) apart, until
+two in a row keep too little; then the step below the smallest that kept enough is halved twice.
+Going down step by step costs more trials than bisection and does not trust one lucky draw far down.
+The rule that holds at the least density wins: which one that is depends on the fine-tune.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from nps_compress.candidates import LiveModel, Pruner
 from nps_compress.errors import InvalidArgumentError, RetainError
-from nps_compress.fitness import Fitness, Measured
-from nps_compress.report import OVER_BASE, Quality, Trial
+from nps_compress.measured import Measured
+from nps_compress.prune import Rule
+from nps_compress.recipe import Recipe
+from nps_compress.report import RATIOS, Quality, Trial
 
 LARGEST_DENSITY, STEP, REFINEMENTS = 0.5, math.sqrt(2), 2
 SMALLEST_DENSITY = 1e-5
 _FAILURES = 2
 _RESAMPLES, _CONFIDENCE = 2000, 0.95
-METRICS = ("agreement", "accuracy", "loss")
 
 
-def check_retain(share: float, metric: str) -> None:
-    """Raise InvalidArgumentError unless 0 < share <= 1 and the metric has a share to keep."""
+def check_retain(share: float) -> None:
+    """Raise InvalidArgumentError unless 0 < share <= 1."""
     if isinstance(share, bool | str) or not 0 < share <= 1:
         raise InvalidArgumentError("retain", share, "in (0, 1]")
-    if metric not in METRICS:
-        raise InvalidArgumentError("fitness", metric, f"one of {', '.join(METRICS)} with retain")
 
 
-def find_density(
-    pruner: Pruner,
-    fitness: Fitness,
+@dataclass(frozen=True)
+class Yardstick:
+    """The scores that a share is measured against, of the same examples."""
+
+    metric: str
+    base: Measured
+    finetuned: Measured
+
+    def share(self, found: Measured) -> float:
+        """What a model keeps; minus infinity where that makes no sense."""
+        return _retained(self.metric, self.base, self.finetuned, found)
+
+    def report(self, found: Measured, **known: Any) -> Quality:
+        """What a packed model keeps of its fine-tune. known: further fields of the report.
+
+        No share is stated where the fine-tune is no better than its base, or a score is not
+        finite.
+        """
+        scores = [measured.score for measured in (self.base, self.finetuned, found)]
+        floor = 0.0 if self.metric in RATIOS else scores[0]
+        if all(map(math.isfinite, scores)) and scores[1] > floor:
+            low, high = _interval(self.metric, self.base, self.finetuned, found)
+            share = {"retained": self.share(found), "low": low, "high": high}
+            known |= {name: value for name, value in share.items() if math.isfinite(value)}
+        return Quality(
+            self.metric,
+            len(found.counts),
+            base=scores[0],
+            finetuned=scores[1],
+            packed=scores[2],
+            **known,
+        )
+
+
+def find_recipe(
+    measure: Callable[[Recipe], Measured],
+    yardstick: Yardstick,
+    recipe: Recipe,
+    rules: Sequence[Rule],
     share: float,
     on_trial: Callable[[Trial], None] = lambda _: None,
-) -> Quality:
-    """Set the density of ``pruner.recipe`` to the least that keeps ``share``; report on it.
+) -> tuple[Recipe, Quality]:
+    """The recipe of least density that keeps ``share``, by whichever rule, and a report on it.
 
-    Each trial is scored on the words that would be stored.
+    measure: scores the words that a recipe would store.
 
     Raises:
         InvalidArgumentError: see :func:`check_retain`.
         RetainError: the fine-tune is no better than its base, or no density keeps the share.
     """
-    check_retain(share, fitness.name)
-    live = LiveModel(pruner, fitness.model)
-    finetuned = fitness.measure()
-    live.apply_base()
-    base = fitness.measure()
-    if not math.isfinite(finetuned.score) or finetuned.score <= base.score:
+    check_retain(share)
+    base, finetuned = yardstick.base.score, yardstick.finetuned.score
+    if not math.isfinite(finetuned) or finetuned <= base:
         raise RetainError(
-            f"the fine-tune is no better than its base on the calibration data: {fitness.name} "
-            f"{finetuned.score:.5g}, base {base.score:.5g}"
+            f"the fine-tune is no better than its base on the calibration data: {yardstick.metric} "
+            f"{finetuned:.5g}, base {base:.5g}"
         )
     trials: list[Trial] = []
-    best: tuple[float, Measured] | None = None  # the smallest density that keeps enough
-
-    def keeps(density: float) -> bool:
-        nonlocal best
-        pruner.recipe = replace(pruner.recipe, density=density)
-        live.apply()
-        found = fitness.measure()
-        trials.append(Trial(density, _retained(fitness.name, base, finetuned, found)))
-        on_trial(trials[-1])
-        if trials[-1].retained < share:
-            return False
-        best = (density, found)
-        return True
-
-    density = LARGEST_DENSITY
-    failed: list[float] = []  # in a row, the larger first
-    while len(failed) < _FAILURES and density > SMALLEST_DENSITY:
-        failed = [] if keeps(density) else [*failed, density]
-        density /= STEP
+    best: tuple[Recipe, Measured] | None = None
+    for rule in rules:
+        asked = _densities()
+        density = next(asked)
+        while True:
+            candidate = replace(recipe, prune=rule, density=density)
+            found = measure(candidate)
+            trials.append(Trial(density, yardstick.share(found), rule))
+            on_trial(trials[-1])
+            enough = trials[-1].retained >= share
+            if enough and (best is None or density < best[0].density):
+                best = candidate, found
+            try:
+                density = asked.send(enough)
+            except StopIteration:
+                break
     if best is None:
+        closest = max(trials, key=lambda trial: trial.retained)
         raise RetainError(
-            f"density {LARGEST_DENSITY} keeps {trials[0].retained:.2%} of the fine-tune's "
-            f"{fitness.name}, not {share:.2%}; pack with --lossless"
+            f"density {closest.density:.3g} keeps {closest.retained:.2%} of the fine-tune's "
+            f"{yardstick.metric}, not {share:.2%}; pack with --lossless"
         )
-    for _ in range(REFINEMENTS if failed else 0):
-        middle = math.sqrt(best[0] * failed[0])
-        if not keeps(middle):
-            failed = [middle]
-    density, found = best
-    pruner.recipe = replace(pruner.recipe, density=density)
-    return report_quality(
-        fitness.name,
-        base,
-        finetuned,
+    recipe, found = best
+    quality = yardstick.report(
         found,
         target=share,
-        density=density,
+        density=recipe.density,
         trials=tuple(trials),
-        seed=pruner.recipe.seed,
+        seed=recipe.seed,
         evaluations=len(trials),
     )
+    return recipe, quality
 
 
-def report_quality(
-    metric: str, base: Measured, finetuned: Measured, packed: Measured, **known: Any
-) -> Quality:
-    """What a packed model keeps of its fine-tune, all three measured on the same examples.
-
-    known: further fields of the report. No share is stated where the fine-tune is no better than
-    its base, or a score is not finite.
-    """
-    scores = (base.score, finetuned.score, packed.score)
-    floor = base.score if metric in OVER_BASE else 0.0
-    if all(map(math.isfinite, scores)) and finetuned.score > floor:
-        retained = _retained(metric, base, finetuned, packed)
-        low, high = _interval(metric, base, finetuned, packed)
-        found = {"retained": retained, "low": low, "high": high}
-        known |= {name: value for name, value in found.items() if math.isfinite(value)}
-    return Quality(
-        metric,
-        len(packed.counts),
-        base=base.score,
-        finetuned=finetuned.score,
-        packed=packed.score,
-        **known,
-    )
+def _densities() -> Generator[float, bool]:
+    """Densities to try, given after each whether it kept enough."""
+    density, least = LARGEST_DENSITY, None
+    failed: list[float] = []  # in a row, the larger first
+    while len(failed) < _FAILURES and density > SMALLEST_DENSITY:
+        if (yield density):
+            least, failed = density, []
+        else:
+            failed.append(density)
+        density /= STEP
+    if least is None:
+        return
+    for _ in range(REFINEMENTS if failed else 0):
+        middle = math.sqrt(least * failed[0])
+        if (yield middle):
+            least = middle
+        else:
+            failed = [middle]
 
 
 def _retained(metric: str, base: Measured, finetuned: Measured, found: Measured) -> float:
-    floor = base.score if metric in OVER_BASE else 0.0
-    share = (found.score - floor) / (finetuned.score - floor)
+    floor = 0.0 if metric in RATIOS else base.score
+    gain = finetuned.score - floor
+    share = (found.score - floor) / gain if gain > 0 else math.nan
     return share if math.isfinite(share) else -math.inf
 
 
 def _interval(
     metric: str, base: Measured, finetuned: Measured, found: Measured
 ) -> tuple[float, float]:
-    """Percentile bootstrap over examples, the same ones for all three models (Efron 1979)."""
+    """Percentile bootstrap over examples, the same ones for all three models (Efron 1979).
+
+    Samples on which the fine-tune has nothing to keep are left out.
+    """
     rng = np.random.default_rng(0)
     size = len(found.counts)
+    if size == 1:
+        return (_retained(metric, base, finetuned, found),) * 2
     shares = []
     for _ in range(_RESAMPLES):
         picked = rng.integers(0, size, size)
-        drawn = [Measured(m.sums[picked], m.counts[picked]) for m in (base, finetuned, found)]
-        if drawn[0].counts.sum() and drawn[1].score != (
-            drawn[0].score if metric in OVER_BASE else 0
-        ):
+        drawn = [measured.take(picked) for measured in (base, finetuned, found)]
+        floor = 0.0 if metric in RATIOS else drawn[0].score
+        if drawn[1].score > floor:
             shares.append(_retained(metric, *drawn))
     tail = 50 * (1 - _CONFIDENCE)
     low, high = np.percentile(shares, [tail, 100 - tail]) if shares else (-math.inf, math.inf)

@@ -30,19 +30,29 @@ Factors = tuple[float, ...]
 
 
 class Memory:
-    """What is known of the generation in work, as JSON values; it survives an interruption."""
+    """What is known of the generation in work, as JSON values; it survives an interruption.
 
-    def __init__(self, known: dict[str, Any], save: Callable[[dict[str, Any]], None]) -> None:
-        self._known, self._save = known, save
+    ``kept`` is known to the generations after as well.
+    """
+
+    def __init__(
+        self, known: dict[str, Any], kept: dict[str, Any], save: Callable[[], None]
+    ) -> None:
+        self._known, self.kept, self._save = known, kept, save
 
     def get(self, key: str) -> Any:
         """What was put there before; None where nothing was."""
         return self._known.get(key)
 
     def put(self, key: str, value: Any) -> None:
-        """Keep a JSON value."""
+        """Remember a JSON value in this generation."""
         self._known[key] = value
-        self._save(self._known)
+        self._save()
+
+    def keep(self, key: str, value: Any) -> None:
+        """Remember a JSON value for good."""
+        self.kept[key] = value
+        self._save()
 
 
 # Scores of a generation's candidates, in their order.
@@ -60,12 +70,16 @@ class Progress:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The best candidate and the way to it. ``history`` holds one list of fitness a generation."""
+    """The best candidate and the way to it. ``history`` holds one list of fitness a generation.
+
+    ``kept``: what ``evaluate`` kept for good.
+    """
 
     factors: Factors
     fitness: float
     start_fitness: float
     history: list[list[float]]
+    kept: dict[str, Any]
 
 
 def population_size(dimensions: int) -> int:
@@ -116,29 +130,30 @@ def search(
         "sigma": sigma,
         "seed": seed,
     }
-    known, begun = _read_state(state, settings) if state else ([], {})
+    known, begun, kept = _read_state(state, settings) if state else ([], {}, {})
     strategy = _strategy(dimensions, population, sigma, seed)
 
     best: tuple[float, Factors] = (-math.inf, ())
     history: list[list[float]] = []
 
-    def save(memory: dict[str, Any]) -> None:
+    def save() -> None:
         if state:
-            kept = [*history, *known[len(history) :]]
-            _write_state(state, settings, kept, memory)
+            done = {"fitness": history, "begun": begun, "kept": kept}
+            told = {"nps_search": _STATE_VERSION, "settings": settings}
+            write_json(state, told | done, force=True)
 
     def score(xs: Sequence[Sequence[float]]) -> list[float]:
-        nonlocal best, begun
+        nonlocal best
         candidates = [tuple(math.exp(value) for value in x) for x in xs]
         if len(history) < len(known):
             found = known[len(history)]
         else:
-            found = [float(fitness) for fitness in evaluate(candidates, Memory(begun, save))]
+            found = [float(fitness) for fitness in evaluate(candidates, Memory(begun, kept, save))]
             found = [-math.inf if math.isnan(fitness) else fitness for fitness in found]
-            begun = {}
         history.append(found)
         if len(history) > len(known):
-            save(begun)
+            begun.clear()
+            save()
         for fitness, candidate in zip(found, candidates, strict=True):
             if fitness > best[0] or not best[1]:
                 best = (fitness, candidate)
@@ -155,7 +170,7 @@ def search(
     except KeyboardInterrupt:
         anything = state and (history or begun)
         raise SearchInterruptedError(state if anything else None, len(history) - 1) from None
-    return SearchResult(best[1], best[0], history[0][0], history)
+    return SearchResult(best[1], best[0], history[0][0], history, kept)
 
 
 def _stands_still(history: Sequence[Sequence[float]]) -> bool:
@@ -193,17 +208,17 @@ def _strategy(dimensions: int, population: int, sigma: float, seed: int) -> Any:
 
 def _read_state(
     path: Path, settings: Mapping[str, Any]
-) -> tuple[list[list[float]], dict[str, Any]]:
-    """The fitness of finished generations, and what is known of the one after."""
+) -> tuple[list[list[float]], dict[str, Any], dict[str, Any]]:
+    """The fitness of finished generations, what is known of the one after, and kept for good."""
     if not path.exists():
-        return [], {}
+        return [], {}, {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         version, saved = value["nps_search"], value["settings"]
         known = [[float(number) for number in scores] for scores in value["fitness"]]
-        begun = value["begun"]
-        if not isinstance(saved, dict) or not isinstance(begun, dict):
-            raise ValueError("settings")
+        begun, kept = value["begun"], value["kept"]
+        if not all(isinstance(part, dict) for part in (saved, begun, kept)):
+            raise ValueError("not an object")
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise RecipeError(path, f"is not the state of a search ({error!r})") from error
     if version != _STATE_VERSION:
@@ -218,14 +233,4 @@ def _read_state(
     sizes = [1, *[settings["population"]] * len(known)]
     if any(len(scores) != size for scores, size in zip(known, sizes, strict=False)):
         raise RecipeError(path, "is not the state of a search (a generation of another size)")
-    return known, begun
-
-
-def _write_state(
-    path: Path,
-    settings: Mapping[str, Any],
-    fitness: Sequence[Sequence[float]],
-    begun: Mapping[str, Any],
-) -> None:
-    value = {"nps_search": _STATE_VERSION, "settings": settings, "fitness": fitness, "begun": begun}
-    write_json(path, value, force=True)
+    return known, begun, kept

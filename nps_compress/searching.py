@@ -2,23 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from nps_compress import __version__
 from nps_compress._progress import bar
 from nps_compress._threads import MEMORY_SLACK
 from nps_compress.atomic import refuse_existing, refuse_input_as_output
-from nps_compress.candidates import LiveModel, Pruner, find_coefficients
-from nps_compress.checkpoint import Pair, open_checkpoint, pair
-from nps_compress.errors import InvalidArgumentError
+from nps_compress.candidates import Pruner
+from nps_compress.checkpoint import Pair, content_digest, open_checkpoint, pair
+from nps_compress.errors import CheckpointError, InvalidArgumentError
+from nps_compress.genotype import Genes, Genotype, check_genes
+from nps_compress.prune import Rule
 from nps_compress.recipe import Recipe
 from nps_compress.report import Quality, task_of
-from nps_compress.search import Progress, check_search_options, population_size
+from nps_compress.search import (
+    GENERATIONS,
+    Factors,
+    Memory,
+    Progress,
+    check_search_options,
+    population_size,
+    search,
+)
 
 if TYPE_CHECKING:
-    from nps_compress.fitness import Fitness, Row
+    from nps_compress.calibration import Example
+    from nps_compress.evaluator import Evaluator
+
+MAX_DRAWS = 1000
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """How a recipe's factors are searched.
+
+    ``genes``: which of them (see genotype.py). ``fitness``: None for ``kl``, or ``embedding``
+    where the model predicts no classes. ``population``: None for CMA-ES's default. ``draws``: seeds
+    of which the best is taken before the factors are searched. ``workers``: candidates in work at
+    once, None for one a GPU, or one on the CPU; ``generations`` 0: nothing is searched.
+
+    Raises:
+        InvalidArgumentError: an option is out of range or unknown.
+    """
+
+    genes: tuple[str, ...] = ("subspaces",)
+    fitness: str | None = None
+    generations: int = GENERATIONS
+    population: int | None = None
+    draws: int = 1
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        check_genes(self.genes)
+        if self.generations:
+            check_search_options(self.generations, self.population)
+        if not 1 <= self.draws <= MAX_DRAWS:
+            raise InvalidArgumentError("draws", self.draws, f"from 1 to {MAX_DRAWS}")
 
 
 def search_recipe(
@@ -27,48 +73,61 @@ def search_recipe(
     calibration: str | Path,
     out: str | Path,
     recipe: Recipe,
+    options: SearchOptions | None = None,
     *,
-    fitness: str = "kl",
-    generations: int = 30,
-    population: int | None = None,
     force: bool = False,
     progress: bool = False,
 ) -> Recipe:
-    """Search the coefficients of ``recipe`` and save the result at ``out``.
+    """Search the factors of ``recipe`` and save the result at ``out``.
 
     The state is kept beside ``out`` while the search runs; the same call resumes it.
 
     Raises:
-        OutputExistsError, CheckpointError, CalibrationError, InvalidArgumentError, RecipeError,
-        SearchInterruptedError, WriteError.
+        OutputExistsError, CheckpointError, CalibrationError, FitnessError, InvalidArgumentError,
+        RecipeError, SearchInterruptedError, WriteError.
     """
     out = Path(out)
     refuse_existing(out, force)
-    search = SearchJob(Path(calibration), fitness, generations, population, out)
+    job = SearchJob(Path(calibration), options or SearchOptions(), out)
     pair_ = pair(open_checkpoint(base), open_checkpoint(finetuned))
     refuse_input_as_output(out, input_files(pair_, calibration))
-    found = search.run(counted(pair_, recipe, calibration, progress), progress)
-    found.write(out, force)
-    search.state.unlink(missing_ok=True)
-    return found
+    pruner = counted(pair_, recipe, job.examples, calibration, progress)
+    job.run(pruner, progress)
+    pruner.recipe.write(out, force)
+    job.state.unlink(missing_ok=True)
+    return pruner.recipe
 
 
-def counted(pair_: Pair, recipe: Recipe, calibration: str | Path | None, progress: bool) -> Pruner:
+def counted(
+    pair_: Pair,
+    recipe: Recipe,
+    examples: Sequence[Example] | None,
+    source: str | Path | None,
+    progress: bool,
+) -> Pruner:
     """A pruner that has read the pair once, and measured the recipe's importance.
+
+    source: where the examples are from.
 
     Raises:
         InvalidArgumentError: the importance needs calibration data.
     """
     importance = None
-    if recipe.importance == "fisher":
-        if calibration is None:
-            raise InvalidArgumentError("importance", "fisher", "used with calibration data")
-        from nps_compress.fitness import read_jsonl
-        from nps_compress.importance import fisher
+    if recipe.importance != "magnitude":
+        if examples is None:
+            what = "used with calibration data"
+            raise InvalidArgumentError("importance", recipe.importance, what)
+        from nps_compress.importance import measure_importance
 
-        rows = read_jsonl(Path(calibration))
-        with bar(len(rows), "measuring importance", "example", progress) as advance:
-            importance = fisher(pair_.finetuned.path, rows, recipe.seed, advance)
+        with bar(len(examples), "measuring importance", "example", progress) as advance:
+            importance = measure_importance(
+                recipe.importance,
+                pair_.finetuned.path,
+                examples,
+                recipe.seed,
+                advance,
+                source or "calibration data",
+            )
     pruner = Pruner(pair_, recipe, importance)
     with bar(len(pair_.base_of), "reading", "tensor", progress) as advance:
         pruner.count(memory_budget(pair_), advance)
@@ -76,116 +135,194 @@ def counted(pair_: Pair, recipe: Recipe, calibration: str | Path | None, progres
 
 
 class RetainJob:
-    """A share of quality that is asked for: its data is read before anything slow begins."""
+    """A share of quality that is asked for: its data is read before anything slow begins.
 
-    def __init__(self, calibration: Path, metric: str | None, share: float) -> None:
-        from nps_compress.fitness import read_jsonl
-        from nps_compress.retain import METRICS, check_retain
+    ``rules``: those that are tried. metric: None for what people judge such a model by.
+    """
 
-        check_retain(share, metric or METRICS[0])
-        self.rows = read_jsonl(calibration)
-        self.calibration, self.metric, self.share = calibration, metric, share
+    def __init__(
+        self,
+        calibration: Path,
+        metric: str | None,
+        share: float,
+        rules: Sequence[Rule],
+    ) -> None:
+        from nps_compress.calibration import read_examples
+        from nps_compress.fitness import check_fitness
+        from nps_compress.retain import check_retain
+
+        check_retain(share)
+        if metric is not None:
+            check_fitness(metric)
+        self.examples = read_examples(calibration)
+        self._calibration, self._metric, self._share = calibration, metric, share
+        self._rules = rules
 
     def run(self, pruner: Pruner, progress: bool) -> Quality:
-        """Set the pruner's density; returns what it keeps."""
-        from nps_compress.fitness import Fitness, natural_metric
-        from nps_compress.retain import find_density
+        """Set the pruner's recipe; returns what it keeps."""
+        from nps_compress.evaluator import Evaluator
+        from nps_compress.fitness import natural_metric
+        from nps_compress.retain import find_recipe
 
-        folder = pruner.pair.finetuned.path
-        metric = self.metric or natural_metric(folder, self.rows)
-        fitness = Fitness(folder, self.rows, metric, source=self.calibration)
+        metric = self._metric or natural_metric(pruner.pair.finetuned.path, self.examples)
+        evaluator = Evaluator(pruner, self.examples, metric, self._calibration, workers=1)
         with bar(None, "trying densities", "trial", progress) as advance:
-            quality = find_density(
-                pruner,
-                fitness,
-                self.share,
-                lambda trial: advance(f"density {trial.density:.3g} keeps {trial.retained:.2%}"),
+            pruner.recipe, quality = find_recipe(
+                evaluator.measure,
+                evaluator.yardstick,
+                pruner.recipe,
+                self._rules,
+                self._share,
+                lambda t: advance(f"{t.prune} at density {t.density:.3g} keeps {t.retained:.2%}"),
             )
-        return _bound(quality, pruner, self.rows)
+        return _bound(quality, pruner, self.examples)
 
 
 class SearchJob:
     """A search that is asked for: its data is read before anything slow begins."""
 
-    def __init__(
-        self,
-        calibration: Path,
-        fitness: str,
-        generations: int,
-        population: int | None,
-        out: Path,
-    ) -> None:
-        from nps_compress.fitness import check_fitness, read_jsonl
+    def __init__(self, calibration: Path, options: SearchOptions, out: Path) -> None:
+        from nps_compress.calibration import read_examples
+        from nps_compress.evaluator import check_workers
+        from nps_compress.fitness import check_fitness
 
-        check_search_options(generations, population)
-
-        self.rows = read_jsonl(calibration)
-        self.fitness = check_fitness(fitness)
-        self.calibration = calibration
+        check_workers(options.workers)
+        if options.fitness is not None:
+            check_fitness(options.fitness)
+        self.examples = read_examples(calibration)
+        self._calibration, self._options = calibration, options
         self.state = out.with_name(out.name + ".search.json")  # kept while the search runs
-        self.generations, self.population = generations, population
 
-    def run(self, pruner: Pruner, progress: bool) -> Recipe:
-        """The pruner's recipe with the best coefficients found."""
-        return self._search(pruner, self._load(pruner), progress)
+    def run(self, pruner: Pruner, progress: bool) -> Quality:
+        """Set the pruner's recipe to the best that is found; returns what it keeps.
 
-    def run_and_report(self, pruner: Pruner, progress: bool) -> Quality:
-        """Set the pruner's recipe to the best found; returns what it keeps."""
-        from nps_compress.retain import report_quality
+        Raises:
+            SearchInterruptedError, RecipeError: see search.search.
+        """
+        from nps_compress.calibration import data_digest
+        from nps_compress.evaluator import Evaluator
+        from nps_compress.fitness import label_free_fitness
 
-        fitness = self._load(pruner)
-        finetuned = fitness.measure()  # while the model is the fine-tune
-        pruner.recipe = self._search(pruner, fitness, progress)
-        live = LiveModel(pruner, fitness.model)
-        live.apply_base()
-        base = fitness.measure()
-        live.apply()
-        quality = report_quality(
-            fitness.name,
-            base,
-            finetuned,
-            fitness.measure(),
-            density=pruner.recipe.density,
-            seed=pruner.recipe.seed,
-            evaluations=pruner.recipe.search["evaluations"],
-        )
-        return _bound(quality, pruner, self.rows)
-
-    def _load(self, pruner: Pruner) -> Fitness:
-        from nps_compress.fitness import Fitness
-
-        folder = pruner.pair.finetuned.path
-        return Fitness(folder, self.rows, self.fitness, source=self.calibration)
-
-    def _search(self, pruner: Pruner, fitness: Fitness, progress: bool) -> Recipe:
-        from nps_compress.fitness import data_digest
-
-        size = self.population
-        if size is None:
-            size = population_size(len(pruner.recipe.coefficients))
-        total = 1 + self.generations * size
+        options, folder = self._options, pruner.pair.finetuned.path
+        metric = options.fitness or label_free_fitness(folder, self.examples)
+        evaluator = Evaluator(pruner, self.examples, metric, self._calibration, options.workers)
+        finetuned = evaluator.yardstick.finetuned.score
+        if not math.isfinite(finetuned):
+            raise CheckpointError(folder, f"has a {metric} of {finetuned} on the calibration data")
+        genes = check_genes(options.genes)
+        hunt = _Hunt(pruner, evaluator, genes, options.draws)
+        dimensions = len(hunt.genotype.names)
+        size = options.population or population_size(dimensions)
+        total = options.draws + options.generations * size
+        identity = {
+            "recipe": {**_as_json(pruner.recipe), "coefficients": None},
+            "fitness": metric,
+            "genes": list(genes),
+            "draws": options.draws,
+            "base": content_digest(pruner.pair.base),
+            "finetuned": content_digest(pruner.pair.finetuned),
+            "calibration": data_digest(self.examples),
+        }
         with bar(total, "searching", "candidate", progress) as advance:
+            hunt.on_share = lambda share: advance(steps=share)
 
             def show(now: Progress) -> None:
-                at = f"generation {now.generation}/{self.generations}"
-                advance(f"{at}, best {self.fitness} {now.best:.5g}")
+                missed = now.evaluations + options.draws - 1 - hunt.taken  # dropped, or known
+                at = f"generation {now.generation}/{options.generations}"
+                advance(f"{at}, best {metric} {now.best:.5g}", missed)
+                hunt.taken += missed
 
-            return find_coefficients(
-                pruner,
-                fitness,
-                self.generations,
-                self.population,
-                self.state,
-                data_digest(self.rows),
-                show,
+            result = search(
+                hunt,
+                dimensions,
+                options.generations,
+                options.population,
+                seed=pruner.recipe.seed,
+                state=self.state,
+                identity=identity,
+                on_generation=show,
             )
+        found = {
+            "tool": f"nps-compress {__version__}",
+            "fitness": metric,
+            "finetuned": finetuned,
+            "start": _finite(result.start_fitness),
+            "best": _finite(result.fitness),
+            "evaluations": sum(map(len, result.history)) + options.draws - 1,
+            "cost": round(result.kept["cost"], 3),
+            "generations": len(result.history) - 1,
+            "genes": dict(zip(hunt.genotype.names, result.factors, strict=True)),
+            "calibration_sha256": data_digest(self.examples),
+            "best_by_generation": _running_best(result.history),
+        }
+        best = hunt.genotype.express(result.factors)
+        pruner.recipe = replace(best, seed=result.kept["seed"], search=found)
+        quality = evaluator.yardstick.report(
+            evaluator.measure(pruner.recipe),
+            density=pruner.recipe.density,
+            seed=pruner.recipe.seed,
+            evaluations=found["evaluations"],
+        )
+        return _bound(quality, pruner, self.examples)
 
 
-def _bound(quality: Quality, pruner: Pruner, rows: Sequence[Row]) -> Quality:
+class _Hunt:
+    """Scores generations: the first by the draws of several seeds, of which the best is kept.
+
+    ``taken``: evaluations done in this run. What all took is kept as ``cost``: 1 is a pass over
+    all calibration data.
+    """
+
+    def __init__(
+        self, pruner: Pruner, evaluator: Evaluator, genes: Sequence[Genes], draws: int
+    ) -> None:
+        self._evaluator, self._recipe, self._draws = evaluator, pruner.recipe, draws
+        self.genotype = Genotype(pruner.recipe, genes, pruner.pruned_groups())
+        self.on_share: Callable[[float], None] = lambda _: None
+        self.taken = 0.0
+
+    def __call__(self, generation: Sequence[Factors], memory: Memory) -> list[float]:
+        recipes = [self.genotype.express(factors) for factors in generation]
+        if "seed" in memory.kept:
+            return self._race([replace(r, seed=memory.kept["seed"]) for r in recipes], memory)
+        first = self._recipe.seed
+        draws = [replace(recipes[0], seed=(first + n) % 2**32) for n in range(self._draws)]
+        scores = self._race(draws, memory)
+        best = int(np.argmax([-math.inf if math.isnan(score) else score for score in scores]))
+        memory.keep("seed", draws[best].seed)
+        return [scores[best]]
+
+    def _race(self, recipes: Sequence[Recipe], memory: Memory) -> list[float]:
+        outcomes = self._evaluator.race(recipes, memory, self._advance)
+        shares = sum(outcome.share for outcome in outcomes)
+        memory.keep("cost", memory.kept.get("cost", 0.0) + shares)
+        return [outcome.score for outcome in outcomes]
+
+    def _advance(self, share: float) -> None:
+        self.taken += share
+        self.on_share(share)
+
+
+def _as_json(recipe: Recipe) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(json.dumps(recipe.to_dict()))
+    return value
+
+
+def _running_best(history: Sequence[Sequence[float]]) -> list[float | None]:
+    best = np.maximum.accumulate([max(generation) for generation in history])
+    return [_finite(float(value)) for value in best]
+
+
+def _finite(value: float) -> float | None:
+    """The value, or None (JSON's null) for a candidate that broke the model."""
+    return value if math.isfinite(value) else None
+
+
+def _bound(quality: Quality, pruner: Pruner, examples: Sequence[Example]) -> Quality:
     """The report with what ties it to the model and the data."""
-    from nps_compress.fitness import data_digest
+    from nps_compress.calibration import data_digest
 
-    return replace(quality, task=task_of(pruner.pair.finetuned), data_sha256=data_digest(rows))
+    return replace(quality, task=task_of(pruner.pair.finetuned), data_sha256=data_digest(examples))
 
 
 def memory_budget(pair_: Pair) -> int:
@@ -201,3 +338,4 @@ def input_files(pair_: Pair, calibration: str | Path | None) -> Iterator[Path]:
         yield from checkpoint.side_files.values()
     if calibration is not None:
         yield Path(calibration)
+        yield from Path(calibration).rglob("*")  # of a folder of images

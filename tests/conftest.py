@@ -87,7 +87,7 @@ WORDS = (
 )
 
 
-def _tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -111,10 +111,10 @@ def _fine_tune(model: torch.nn.Module, scale: float, seed: int) -> None:
 def _model_pair(folder: Path, model: torch.nn.Module, body: torch.nn.Module) -> tuple[Path, Path]:
     base, tuned = folder / "base", folder / "tuned"
     body.save_pretrained(base)
-    _tokenizer(base)
+    write_tokenizer(base)
     _fine_tune(model, 0.05, 1)
     model.save_pretrained(tuned)
-    _tokenizer(tuned)
+    write_tokenizer(tuned)
     return base, tuned
 
 

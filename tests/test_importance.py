@@ -11,10 +11,11 @@ from click.testing import CliRunner
 
 import nps_compress
 from nps_compress import InvalidArgumentError, Recipe
+from nps_compress.calibration import read_examples
 from nps_compress.cli import main
 from nps_compress.dtypes import BY_NAME
-from nps_compress.fitness import load_model, read_jsonl
 from nps_compress.importance import DAMPING, POWER, fisher
+from nps_compress.models import load_model
 from nps_compress.prune import plan, prune, tensor_seed
 from nps_compress.task_vector import Histogram
 
@@ -23,9 +24,10 @@ F32 = BY_NAME["F32"]
 
 def test_fisher_is_the_mean_square_of_sampled_gradients(classifier_pair):
     _, tuned, calibration = classifier_pair
-    rows = read_jsonl(calibration)
+    rows = read_examples(calibration)
     found = fisher(tuned, rows, seed=3)
-    model, tokenizer, _ = load_model(tuned)
+    loaded = load_model(tuned)
+    model, tokenizer = loaded.model, loaded.processor
     generator = torch.Generator().manual_seed(3)
     squares = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     for row in rows:
@@ -47,11 +49,11 @@ def test_fisher_is_the_mean_square_of_sampled_gradients(classifier_pair):
 
 def test_causal_models_have_one_draw_a_token(causal_pair):
     _, tuned, calibration = causal_pair
-    found = fisher(tuned, read_jsonl(calibration))
+    found = fisher(tuned, read_examples(calibration))
     head = found["model.embed_tokens.weight"]
     assert np.isfinite(head).all()
     assert head.max() > 2 * head.min()
-    again = fisher(tuned, read_jsonl(calibration))
+    again = fisher(tuned, read_examples(calibration))
     assert all(np.array_equal(found[name], again[name]) for name in found)
 
 

@@ -15,8 +15,11 @@ from click.testing import CliRunner
 import nps_compress
 from nps_compress import InvalidArgumentError, Recipe, RetainError
 from nps_compress import retain as retain_module
+from nps_compress.calibration import read_examples
 from nps_compress.cli import main
-from nps_compress.fitness import Fitness, Measured, load_model, natural_metric, read_jsonl
+from nps_compress.fitness import Fitness, natural_metric
+from nps_compress.measured import Measured
+from nps_compress.models import load_model
 
 
 @dataclass
@@ -125,13 +128,16 @@ def test_loss_counts_the_gain_over_the_base():
     one = np.ones(1, np.int64)
     base, tuned, found = (Measured(np.array([x]), one) for x in (-4.0, -2.0, -2.5))
     assert retain_module._retained("loss", base, tuned, found) == pytest.approx(0.75)
-    assert retain_module._retained("accuracy", base, tuned, found) == pytest.approx(1.25)
+    base, tuned, found = (Measured(np.array([x]), one) for x in (0.1, 0.8, 0.6))
+    assert retain_module._retained("accuracy", base, tuned, found) == pytest.approx(0.75)
+    assert retain_module._retained("accuracy", found, base, tuned) == pytest.approx(8)
+    assert retain_module._retained("hidden", found, base, tuned) == -math.inf  # nothing gained
 
 
 @pytest.mark.parametrize("name", ["kl", "agreement", "accuracy", "loss"])
 def test_measures_by_example_add_up(classifier_pair, name):
     _, tuned, calibration = classifier_pair
-    fitness = Fitness(tuned, read_jsonl(calibration), name, batch_size=5)
+    fitness = Fitness(tuned, read_examples(calibration), name, batch_size=5)
     found = fitness.measure()
     assert found.counts.tolist() == [1] * 24
     assert found.score == fitness.score()
@@ -145,10 +151,11 @@ def test_measures_by_example_add_up(classifier_pair, name):
 
 def test_measures_of_texts_count_their_tokens(causal_pair):
     _, tuned, calibration = causal_pair
-    rows = read_jsonl(calibration)
+    rows = read_examples(calibration)
     fitness = Fitness(tuned, rows, "loss", batch_size=5)
     found = fitness.measure()
-    model, tokenizer, _ = load_model(tuned)
+    loaded = load_model(tuned)
+    model, tokenizer = loaded.model, loaded.processor
     expected = {}
     for row in rows:
         inputs = tokenizer(row.text, return_tensors="pt")
@@ -178,8 +185,8 @@ class TestPack:
         assert min(t.density for t in quality.trials if t.retained >= 0.9) == quality.density
         # The unpacked model has the score that the report states.
         nps_compress.unpack(base, out, tmp_path / "out")
-        fitness = Fitness(tuned, read_jsonl(calibration), "agreement")
-        packed, _, _ = load_model(tmp_path / "out")
+        fitness = Fitness(tuned, read_examples(calibration), "agreement")
+        packed = load_model(tmp_path / "out").model
         fitness.model.load_state_dict(packed.state_dict())
         assert fitness.score() == pytest.approx(quality.packed)
         stored = nps_compress.inspect(out)["metadata"]
@@ -192,7 +199,7 @@ class TestPack:
 
     def test_a_causal_model_is_judged_by_its_loss(self, causal_pair, tmp_path):
         base, tuned, calibration = causal_pair
-        assert natural_metric(tuned, read_jsonl(calibration)) == "loss"
+        assert natural_metric(tuned, read_examples(calibration)) == "loss"
         report = nps_compress.pack(  # not by loss: the tiny fine-tune is random, and no better
             base, tuned, tmp_path / "t", retain=0.5, calibration=calibration, fitness="agreement"
         )
@@ -201,8 +208,9 @@ class TestPack:
 
     def test_metrics_that_suit_the_model(self, classifier_pair, tmp_path):
         base, tuned, calibration = classifier_pair
-        model, tokenizer, _ = load_model(tuned)
-        texts = [{"text": row.text} for row in read_jsonl(calibration)]
+        loaded = load_model(tuned)
+        model, tokenizer = loaded.model, loaded.processor
+        texts = [{"text": row.text} for row in read_examples(calibration)]
         labelled, bare = tmp_path / "labelled.jsonl", tmp_path / "bare.jsonl"
         bare.write_text("\n".join(map(json.dumps, texts)))
         for row in texts:  # what it says is right: the tiny fine-tune knows nothing of the labels
@@ -229,9 +237,9 @@ class TestPack:
                 nps_compress.pack(
                     base, tuned, tmp_path / "t", retain=share, calibration=calibration
                 )
-        with pytest.raises(InvalidArgumentError, match="fitness must be one of agreement"):
+        with pytest.raises(InvalidArgumentError, match="fitness must be one of kl"):
             nps_compress.pack(
-                base, tuned, tmp_path / "t", retain=0.9, calibration=calibration, fitness="kl"
+                base, tuned, tmp_path / "t", retain=0.9, calibration=calibration, fitness="bleu"
             )
         with pytest.raises(InvalidArgumentError, match="with calibration data"):
             nps_compress.pack(*tiny, tmp_path / "t", retain=0.9)
