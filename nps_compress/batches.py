@@ -74,7 +74,7 @@ def collate(examples: Sequence[Encoded], padding: Mapping[str, int], at: torch.d
         owner = predicted.nonzero()[:, 0]
     targets = None
     known = [target for example in examples for target in example.targets]
-    if known:
+    if known or not len(owner):  # nothing to predict is known, too
         whole = all(isinstance(target, int) for target in known)
         targets = torch.tensor(known, dtype=torch.int64 if whole else torch.float32, device=at)
     return Batch(

@@ -209,10 +209,8 @@ class Fitness:
             sums = torch.zeros(batch.size, dtype=torch.float64)
             sums.index_add_(0, owner.cpu(), values.double().cpu())
             counts = torch.bincount(owner.cpu(), minlength=batch.size)
-            how: Literal["perplexity", "mean"] = (
-                "perplexity" if self.name == "perplexity" else "mean"
-            )
-            return Measured(sums.numpy(), counts.numpy(), how)
+            is_perplexity = self.name == "perplexity"
+            return Measured(sums.numpy(), counts.numpy(), "perplexity" if is_perplexity else "mean")
 
     def _values(
         self, batch: Batch, said: torch.Tensor | Reference | None

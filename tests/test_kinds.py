@@ -21,6 +21,7 @@ from nps_compress import (
     InvalidArgumentError,
     Recipe,
 )
+from nps_compress.batches import in_batches
 from nps_compress.calibration import Example
 from nps_compress.fitness import (
     LABEL_FREE,
@@ -80,6 +81,20 @@ def test_what_holds_for_every_fitness(models, kind, name):
     alone = Fitness(folder, examples, name, batch_size=1)
     tiny_models.damage(alone.model)
     assert alone.score() == pytest.approx(after, rel=1e-3, abs=1e-4)
+
+
+def test_batches_are_alike_in_length_and_their_order_is_not():
+    lengths = [int(n) for n in np.random.default_rng(0).integers(1, 100, 200)]
+    found = in_batches(lengths, 8, 400)
+    assert sorted(i for batch in found for i in batch) == list(range(200))
+    padded = [len(batch) * max(lengths[i] for i in batch) for batch in found]
+    assert max(map(len, found)) == 8
+    assert max(padded) <= 400
+    assert sum(padded) < 1.1 * sum(lengths)
+    longest = [max(lengths[i] for i in batch) for batch in found]
+    assert abs(np.corrcoef(longest, range(len(longest)))[0, 1]) < 0.3
+    assert found == in_batches(lengths, 8, 400)
+    assert sorted(in_batches([1000, 2000], 8, 400)) == [[0], [1]]  # one each at least
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -277,6 +292,14 @@ class TestCausal:
         assert min(found.sums / found.counts) == pytest.approx(-loss, abs=1e-4) or max(
             found.sums / found.counts
         ) == pytest.approx(-loss, abs=1e-4)
+
+    @pytest.mark.parametrize("name", ["loss", "kl", "agreement", "perplexity"])
+    def test_an_example_that_predicts_nothing(self, models, name):
+        folder, examples = models("causal")
+        more = [Example(text="cat"), *examples]
+        found = Fitness(folder, more, name, batch_size=1).measure()
+        assert sorted(found.counts.tolist())[0] == 0
+        assert found.score == pytest.approx(Fitness(folder, examples, name).score(), abs=1e-4)
 
     def test_a_long_prompt_keeps_its_end(self, models):
         folder, _ = models("causal")
