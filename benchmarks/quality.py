@@ -5,19 +5,29 @@
 
 One row a task, method, setting and seed, appended to results/quality.csv as it is measured: rows
 that are there are not measured again. Test data are seen by nothing but the last measurement.
+
 ``bits_per_param`` counts everything that is stored, over all parameters of the fine-tune: for ours
 the bytes of the file, for a baseline its cost by formula and 16 bits for each element that it
-leaves alone (a new head).
+leaves alone (a new head). ``entropy_bits`` is what the same would cost if kept positions were coded
+at their entropy within each tensor (among those that are eligible) and each change as a sign, with
+what the rest of the file takes; it says nothing where values are not all one constant a tensor.
+``kl`` is the mean divergence from the fine-tune's own outputs on test data, in nats a prediction.
+``cost`` counts passes over the calibration data.
+
+How a search got there is in results/search.csv: the best fitness after each generation.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import math
+import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -28,14 +38,20 @@ import rows
 import tasks
 from nps_compress.checkpoint import open_checkpoint, pair
 from nps_compress.dtypes import PRUNABLE
+from training import IGNORED, Batch
 
 RESULT = rows.RESULTS / "quality.csv"
+SEARCHES = rows.RESULTS / "search.csv"
 FIELDS = (
-    *("task", "metric", "method", "setting", "seed", "bits_per_param", "score", "retained"),
-    *("base_score", "finetuned_score", "evaluations", "machine", "versions", "commit"),
+    *("task", "metric", "method", "setting", "seed", "bits_per_param", "entropy_bits", "score"),
+    *("retained", "kl", "base_score", "finetuned_score", "evaluations", "cost"),
+    *("machine", "versions", "commit"),
 )
-SEARCHABLE = ("sequence", "causal")  # what the search can load as yet
-GENERATIONS, POPULATION = 8, 8
+SEARCH_FIELDS = (
+    *("task", "method", "setting", "seed", "generation", "evaluations", "fitness", "best"),
+    *("start", "finetuned"),
+)
+KL_BATCHES = 16  # of the test data; what a language model says of all would fill the memory
 
 
 @dataclass(frozen=True)
@@ -68,7 +84,10 @@ class Packed:
 
     weights: Mapping[str, torch.Tensor]
     bits_per_param: float
+    entropy_bits: float | None = None
     evaluations: int = 0
+    cost: float = 0.0
+    search: Mapping[str, Any] | None = None
 
 
 Method = Callable[[Pair, int], Packed]
@@ -88,16 +107,16 @@ def baseline(function: Callable[..., baselines.Result], seeded: bool, **settings
 
 
 def ours(
-    search: bool = False, retain: float | None = None, cuts: str = "tail", **options: object
+    search: nps_compress.SearchOptions | None = None,
+    retain: float | None = None,
+    subspaces: int = 1,
+    cuts: str = "tail",
+    **options: object,
 ) -> Method:
     """A real file: packed, unpacked, and weighed by its bytes."""
 
     def run(pair_: Pair, seed: int) -> Packed:
-        fisher = options.get("importance") == "fisher"
-        if search:
-            recipe = nps_compress.Recipe.with_subspaces(8, cuts, seed=seed, **options)  # type: ignore[arg-type]
-        else:
-            recipe = nps_compress.Recipe(seed=seed, **options)  # type: ignore[arg-type]
+        recipe = nps_compress.Recipe.with_subspaces(subspaces, cuts, seed=seed, **options)  # type: ignore[arg-type]
         task = pair_.task
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder)
@@ -107,59 +126,102 @@ def ours(
                 out / "t.nps",
                 recipe=recipe,
                 retain=retain,
-                calibration=task.calibration if search or retain or fisher else None,
-                generations=GENERATIONS if search else 0,
-                population=POPULATION,
+                calibration=task.calibration,
+                search=search or nps_compress.SearchOptions(generations=0),
             )
             nps_compress.unpack(task.base, out / "t.nps", out / "model")
             weights = _weights(out / "model")
-        evaluations = 0
-        if report.quality:
-            evaluations = len(report.quality.trials)
-        elif report.recipe:
-            evaluations = int(report.recipe.search.get("evaluations", 0))
-        return Packed(weights, report.bits_per_param, evaluations)
+        assert report.recipe is not None
+        found = report.recipe.search
+        trials = len(report.quality.trials) if report.quality else 0
+        is_sampled = report.recipe.prune == "sampled"
+        return Packed(
+            weights,
+            report.bits_per_param,
+            _entropy(pair_, weights, report.recipe.eligible_share) if is_sampled else None,
+            trials or int(found.get("evaluations", 0)),
+            trials or float(found.get("cost", 0)),
+            found or None,
+        )
 
     return run
 
 
+def _entropy(pair_: Pair, weights: Mapping[str, torch.Tensor], eligible: float) -> float:
+    """Bits a parameter of positions at their entropy by tensor, a sign each, and whole tensors."""
+    bits = 0.0
+    for name, tensor in pair_.tuned.items():
+        if name not in pair_.base:
+            bits += 16 * tensor.numel()
+            continue
+        kept = int((weights[name] != pair_.base[name]).sum())
+        share = min(1.0, kept / (eligible * tensor.numel()))
+        if 0 < share < 1:
+            each = -share * math.log2(share) - (1 - share) * math.log2(1 - share)
+            bits += eligible * tensor.numel() * each
+        bits += kept
+    return bits / pair_.numel
+
+
 def methods(full: bool) -> Iterator[tuple[str, str, bool, Method]]:
     """Name, setting, whether the seed matters, and what to run."""
-    densities = (0.2, 0.1, 0.05, 0.02, 0.01, 0.005) if full else (0.1, 0.05, 0.01)
+    yield from _baselines((0.2, 0.1, 0.05, 0.02, 0.01, 0.005) if full else (0.1, 0.05, 0.01))
+    for d in (0.2, 0.1, 0.05, 0.02, 0.01, 0.005) if full else (0.05, 0.01):
+        at = f"density {d}"
+        yield "ours: magnitude", at, False, ours(prune="magnitude", density=d)
+        yield "ours: random", at, True, ours(prune="random", density=d)
+        yield "ours: sampled", at, True, ours(prune="sampled", density=d)
+        for name in ("activation", "fisher"):
+            method = ours(prune="sampled", density=d, importance=name)
+            yield f"ours: sampled, {name}", at, True, method
+        seeded = ours(prune="sampled", density=d, importance="fisher", eligible=4.0)
+        yield "ours: sampled, fisher, eligible 4", at, True, seeded
+    for d in (0.05, 0.01):
+        yield from _searches(d, every=full or d == 0.01)
+    for share in (0.99, 0.95) if full else (0.99,):
+        for name in ("magnitude", "fisher"):
+            method = ours(retain=share, prune="sampled", importance=name, eligible=4.0)
+            yield f"ours: --retain, {name}", f"retain {share}", True, method
+
+
+def _baselines(densities: Sequence[float]) -> Iterator[tuple[str, str, bool, Method]]:
     for d in densities:
         at = f"density {d}"
         yield "magnitude (TIES trim)", at, False, baseline(baselines.magnitude, False, density=d)
-        yield (
-            *("magnitude x1.5", at, False),
-            baseline(baselines.magnitude, False, density=d, rescale=1.5),
-        )
+        rescaled = baseline(baselines.magnitude, False, density=d, rescale=1.5)
+        yield "magnitude x1.5 (fixed NPS)", at, False, rescaled
         yield "DARE", at, True, baseline(baselines.dare, True, density=d, value_bits=4)
         yield "DELLA", at, True, baseline(baselines.della, True, density=d, value_bits=4)
         yield "ComPEFT", at, False, baseline(baselines.compeft, False, density=d)
-        yield "ours: magnitude", at, False, ours(prune="magnitude", density=d)
-        yield "ours: sampled", at, True, ours(prune="sampled", density=d)
-        yield (
-            *("ours: sampled, Fisher", at, True),
-            ours(prune="sampled", density=d, importance="fisher"),
-        )
     for per in ("matrix", "row"):
         yield f"BitDelta per {per}", "1 bit", False, baseline(baselines.bitdelta, False, per=per)
     for bits in (1.0, 0.4):
         rank = baseline(baselines.low_rank, False, bits_per_param=bits)
         yield "low rank", f"{bits} bits", False, rank
-    for d in (0.05,) if not full else (0.05, 0.01):
-        at = f"density {d}"
-        for cuts, name in (
-            ("equal", "NPS, equal subspaces (paper)"),
-            ("tail", "NPS, tail subspaces"),
-        ):
-            yield name, at, False, ours(search=True, cuts=cuts, prune="magnitude", density=d)
-        yield (
-            *("NPS over sampled", at, True),
-            ours(search=True, prune="sampled", density=d),
+
+
+def _searches(d: float, every: bool) -> Iterator[tuple[str, str, bool, Method]]:
+    at = f"density {d}"
+
+    def found(
+        genes: str = "subspaces", draws: int = 1, generations: int = 12, **options: object
+    ) -> Method:
+        search = nps_compress.SearchOptions(
+            genes=tuple(genes.split(",")), draws=draws, generations=generations
         )
-    for share in (0.99,) if not full else (0.99, 0.95):
-        yield "ours: --retain", f"retain {share}", True, ours(retain=share, prune="sampled")
+        return ours(search=search, density=d, **options)  # type: ignore[arg-type]
+
+    yield "NPS, equal subspaces (paper)", at, True, found(subspaces=8, cuts="equal")
+    yield "NPS, tail subspaces", at, True, found(subspaces=8)
+    over = found(subspaces=8, prune="sampled", importance="fisher")
+    yield "NPS over sampled, fisher", at, True, over
+    if not every:
+        return
+    yield "NPS, 1 subspace (global rescale)", at, True, found(subspaces=1)
+    groups = found("groups,group-density", prune="sampled", importance="fisher")
+    yield "NPS over sampled, fisher: groups", at, True, groups
+    draws = found(draws=8, generations=1, prune="sampled", importance="fisher")
+    yield "sampled, fisher: best of 8 seeds", at, True, draws
 
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -167,23 +229,48 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
     return {name: t.float() for file in files for name, t in load_file(file).items()}
 
 
-def score(task: tasks.Task, model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> float:
-    """The task's metric on its test data, of the model with these weights."""
-    model.load_state_dict(dict(weights), strict=False)
-    return tasks.evaluate_model(task, model)
+class Judge:
+    """Scores weights on a task's test data."""
+
+    def __init__(self, pair_: Pair) -> None:
+        self._pair, self._model = pair_, tasks.load_model(pair_.task, pair_.task.finetuned)
+        self._batches = tasks.test_batches(pair_.task)[:KL_BATCHES]
+        self.finetuned = self.score(pair_.tuned)
+        self._said = [self._log_shares(batch) for batch in self._batches]
+        self.base = self.score({**pair_.tuned, **pair_.base})
+
+    def score(self, weights: Mapping[str, torch.Tensor]) -> float:
+        """The task's metric."""
+        self._model.load_state_dict(dict(weights), strict=False)
+        return tasks.evaluate_model(self._pair.task, self._model)
+
+    def retained(self, score: float) -> float:
+        """The share of the fine-tune's score, or of its gain where less is better."""
+        floor = 0.0 if self._pair.task.higher_is_better else self.base
+        return (score - floor) / (self.finetuned - floor)
+
+    def kl(self) -> float:
+        """Of the weights scored last."""
+        total, count = 0.0, 0
+        for batch, said in zip(self._batches, self._said, strict=True):
+            found = self._log_shares(batch)
+            total += float((said.exp() * (said - found)).sum())
+            count += len(said)
+        return total / count
+
+    @torch.inference_mode()
+    def _log_shares(self, batch: Batch) -> torch.Tensor:
+        inputs, targets = batch
+        logits = self._model(**inputs).logits.float().flatten(0, -2)
+        return torch.log_softmax(logits[targets.flatten() != IGNORED], -1)
 
 
 def measure(name: str, full: bool, seeds: range, environment: Mapping[str, str]) -> None:
     task = tasks.build(name)
-    done = {(r["task"], r["method"], r["setting"], r["seed"]) for r in read()}
-    pair_, model = Pair.of(task), tasks.load_model(task, task.finetuned)
-    finetuned = score(task, model, pair_.tuned)
-    base = score(task, model, {**pair_.tuned, **pair_.base})
-    floor = base if not task.higher_is_better else 0.0
+    done = {(r["task"], r["method"], r["setting"], r["seed"]) for r in read(RESULT)}
+    pair_ = Pair.of(task)
+    judge = Judge(pair_)
     for method, setting, seeded, run in methods(full):
-        needs_data = method.startswith("NPS") or method.endswith(("retain", "Fisher"))
-        if needs_data and task.kind not in SEARCHABLE:
-            continue
         for seed in seeds if seeded else range(1):
             if (name, method, setting, str(seed)) in done:
                 continue
@@ -192,67 +279,88 @@ def measure(name: str, full: bool, seeds: range, environment: Mapping[str, str])
             except nps_compress.RetainError as error:
                 print(f"{name}: {method}: {error}", flush=True)
                 continue
-            found = score(task, model, packed.weights)
-            retained = (found - floor) / (finetuned - floor)
+            found = judge.score(packed.weights)
+            entropy = packed.entropy_bits
+            key = {"task": name, "method": method, "setting": setting, "seed": seed}
             row = {
-                "task": name,
+                **key,
                 "metric": task.metric,
-                "method": method,
-                "setting": setting,
-                "seed": seed,
                 "bits_per_param": f"{packed.bits_per_param:.4f}",
+                "entropy_bits": "" if entropy is None else f"{entropy:.4f}",
                 "score": f"{found:.5f}",
-                "retained": f"{retained:.4f}",
-                "base_score": f"{base:.5f}",
-                "finetuned_score": f"{finetuned:.5f}",
+                "retained": f"{judge.retained(found):.4f}",
+                "kl": f"{judge.kl():.5f}",
+                "base_score": f"{judge.base:.5f}",
+                "finetuned_score": f"{judge.finetuned:.5f}",
                 "evaluations": packed.evaluations,
+                "cost": f"{packed.cost:.2f}",
                 **environment,
             }
-            append(row)
+            if packed.search:
+                append(SEARCHES, SEARCH_FIELDS, _history(key, packed.search))
+            append(RESULT, FIELDS, [row])
             print(
-                f"{name:10} {method:30} {setting:14} {packed.bits_per_param:7.3f} bits "
-                f"{found:8.4f}  {retained:7.2%}",
+                f"{name:9} {method:33} {setting:13} {packed.bits_per_param:7.3f} bits "
+                f"{found:8.4f}  {row['retained']:>7}  kl {row['kl']}",
                 flush=True,
             )
 
 
-def read() -> list[dict[str, str]]:
+def _history(key: Mapping[str, object], search: Mapping[str, Any]) -> list[dict[str, object]]:
+    """The best fitness after each generation."""
+    best = search["best_by_generation"]
+    draws = 1 + search["evaluations"] - 1 - (len(best) - 1) * search["population"]
+    return [
+        {
+            **key,
+            "generation": number,
+            "evaluations": draws + number * search["population"],
+            "fitness": search["fitness"],
+            "best": value,
+            "start": search["start"],
+            "finetuned": search["finetuned"],
+        }
+        for number, value in enumerate(best)
+    ]
+
+
+def read(path: Path) -> list[dict[str, str]]:
     """The rows measured so far."""
-    if not RESULT.exists():
+    if not path.exists():
         return []
-    with RESULT.open(newline="", encoding="utf-8") as stream:
+    with path.open(newline="", encoding="utf-8") as stream:
         return list(csv.DictReader(stream))
 
 
-def append(row: Mapping[str, object]) -> None:
-    new = not RESULT.exists()
-    RESULT.parent.mkdir(exist_ok=True)
-    with RESULT.open("a", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, FIELDS, lineterminator="\n")
+def append(path: Path, fields: Sequence[str], found: Sequence[Mapping[str, object]]) -> None:
+    new = not path.exists()
+    path.parent.mkdir(exist_ok=True)
+    with path.open("a", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, fields, lineterminator="\n")
         if new:
             writer.writeheader()
-        writer.writerow(row)
+        writer.writerows(found)
 
 
 def plot(path: Path) -> None:
     """Retained share against bits: a panel a task, a line a method, the mean over its seeds.
 
-    Methods without a range of settings (searches, --retain) are single marks.
+    Methods without a range of settings (searches, --retain) are single marks; bars span the seeds.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    found = read()
+    found = read(RESULT)
     names = list(dict.fromkeys(row["task"] for row in found))
     methods_seen = list(dict.fromkeys(row["method"] for row in found))
-    palette = pyplot.get_cmap("tab20")
-    colours = {method: palette(number) for number, method in enumerate(methods_seen)}
+    looks = _looks(methods_seen)
     figure, panels = pyplot.subplots(
-        1, len(names), figsize=(5 * len(names), 5), sharey=True, squeeze=False, layout="constrained"
+        *(2, -(-len(names) // 2)),
+        figsize=(18, 12),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
-    for axes, name in zip(panels[0], names, strict=True):
+    for axes, name in zip(panels.flat, names, strict=False):
         for method in methods_seen:
             settings: dict[str, list[tuple[float, float]]] = {}
             for row in found:
@@ -260,37 +368,103 @@ def plot(path: Path) -> None:
                     at = (float(row["bits_per_param"]), 100 * float(row["retained"]))
                     settings.setdefault(row["setting"], []).append(at)
             means = sorted(
-                (sum(b for b, _ in seeds) / len(seeds), sum(r for _, r in seeds) / len(seeds))
+                (
+                    statistics.fmean(bits for bits, _ in seeds),
+                    statistics.fmean(kept for _, kept in seeds),
+                    max(kept for _, kept in seeds) - min(kept for _, kept in seeds),
+                )
                 for seeds in settings.values()
             )
-            width = 2.5 if method.startswith("ours") else 1.0
-            line, marks = [b for b, _ in means], [r for _, r in means]
-            colour = colours[method]
-            axes.plot(line, marks, marker="o", linewidth=width, color=colour, label=method)
+            if means:
+                bits, kept, spread = zip(*means, strict=True)
+                half = [width / 2 for width in spread]
+                axes.errorbar(bits, kept, half, label=method, **looks[method])
         axes.axhline(100, color="0.6", linewidth=1, linestyle="--")
-        axes.set_xscale("log")
-        axes.set_title(name)
-        axes.set_xlabel("bits per parameter, everything counted")
+        axes.set(xscale="log", title=name, xlabel="bits per parameter, everything counted")
+        axes.set_ylim(0, 106)
         axes.grid(alpha=0.3)
-    panels[0][0].set_ylabel("kept of the fine-tune's quality, test data (%)")
-    panels[0][0].set_ylim(bottom=0, top=106)
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", fontsize=8)
-    figure.savefig(path, dpi=110)
+    for axes in panels.flat[len(names) :]:
+        axes.set_visible(False)
+    for row_of_panels in panels:
+        row_of_panels[0].set_ylabel("kept of the fine-tune's quality, test data (%)")
+    _legend(figure, panels.flat)
+    figure.savefig(path, dpi=90)
+
+
+def plot_searches(path: Path) -> None:
+    """How near a search came to its end, against evaluations: a panel a task and density."""
+    from matplotlib import pyplot
+
+    found = read(SEARCHES)
+    cells = list(dict.fromkeys((row["task"], row["setting"]) for row in found))
+    methods_seen = list(dict.fromkeys(row["method"] for row in found))
+    looks = _looks(methods_seen)
+    columns = max(1, len({setting for _, setting in cells}))
+    lines = -(-len(cells) // columns)
+    figure, panels = pyplot.subplots(
+        *(lines, columns), figsize=(7 * columns, 3.2 * lines), squeeze=False, layout="constrained"
+    )
+    for axes, (name, setting) in zip(panels.flat, cells, strict=False):
+        for method in methods_seen:
+            runs: dict[str, list[tuple[int, float]]] = {}
+            for row in found:
+                if (row["task"], row["setting"], row["method"]) == (name, setting, method):
+                    point = int(row["evaluations"]), -float(row["best"] or "nan")
+                    runs.setdefault(row["seed"], []).append(point)
+            for number, points in enumerate(runs.values()):
+                at, best = zip(*points, strict=True)
+                label = method if not number else "_"
+                axes.plot(at, best, label=label, **{**looks[method], "marker": ""})
+        axes.set(yscale="log", title=f"{name}, {setting}", xlabel="evaluations")
+        axes.grid(alpha=0.3, which="both")
+    for row_of_panels in panels:
+        row_of_panels[0].set_ylabel("KL on calibration data")
+    _legend(figure, panels.flat)
+    figure.savefig(path, dpi=90)
+
+
+def _looks(methods_seen: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Ours in strong lines, baselines in thin ones, no two alike."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    colours = [matplotlib.colormaps["tab10"](number) for number in range(10)]
+    looks: dict[str, dict[str, Any]] = {}
+    for number, method in enumerate(methods_seen):
+        is_ours = any(word in method for word in ("ours", "NPS over", "sampled"))
+        looks[method] = {
+            "color": colours[number % 10],
+            "marker": "osD^vP*X"[number // 10 % 8] if not is_ours else "o*XPD"[number % 5],
+            "linewidth": 2 if is_ours else 0.8,
+            "markersize": 7 if is_ours else 4,
+            "linestyle": "-" if is_ours else ":",
+        }
+    return looks
+
+
+def _legend(figure: Any, panels: Iterable[Any]) -> None:
+    known: dict[str, Any] = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            known.setdefault(label, handle)
+    figure.legend(known.values(), known.keys(), loc="outside right center", fontsize=9)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--full", action="store_true", help="three seeds and more densities")
     parser.add_argument("--task", action="append", choices=tasks.names(), help="only this one")
-    parser.add_argument("--plot", type=Path, default=rows.RESULTS / "quality.png")
+    parser.add_argument("--plot", action="store_true", help="measure nothing, plot what there is")
     arguments = parser.parse_args()
     environment = rows.environment()
-    for name in arguments.task or tasks.names():
+    for name in () if arguments.plot else arguments.task or tasks.names():
         measure(name, arguments.full, range(3 if arguments.full else 1), environment)
-    if read():
-        plot(arguments.plot)
-        print(f"rows in {RESULT}, picture in {arguments.plot}")
+    if read(RESULT):
+        plot(RESULT.with_suffix(".png"))
+        print(f"rows in {RESULT}, picture beside")
+    if read(SEARCHES):
+        plot_searches(SEARCHES.with_suffix(".png"))
+        print(f"searches in {SEARCHES}, picture beside")
 
 
 if __name__ == "__main__":

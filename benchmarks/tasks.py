@@ -184,9 +184,14 @@ def evaluate_model(task: Task, model: torch.nn.Module) -> float:
 
 def measures(task: Task, model: torch.nn.Module) -> dict[str, float]:
     """``accuracy`` and ``loss`` on the test set."""
+    return TRAINERS[task.kind].measures(model, test_batches(task))
+
+
+def test_batches(task: Task) -> list[Batch]:
+    """The test set as the model takes it."""
     made = (task.finetuned, task.finetuned.with_name("data"))
     stamp = "".join(_made_from(path).read_text() for path in made)
-    return TRAINERS[task.kind].measures(model, _test_batches(task, stamp))
+    return _test_batches(task, stamp)
 
 
 def base_model(task: Task) -> torch.nn.Module:

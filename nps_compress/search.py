@@ -23,7 +23,7 @@ from nps_compress.errors import InvalidArgumentError, RecipeError, SearchInterru
 SIGMA = 0.3
 GENERATIONS = 12
 # A search that gains less than a hundredth of all it has gained, for so long, has ended.
-PATIENCE, _GAIN = 4, 0.01
+PATIENCE, _GAIN = 6, 0.01
 _STATE_VERSION = 2
 
 Factors = tuple[float, ...]

@@ -251,6 +251,7 @@ class SearchJob:
             "evaluations": sum(map(len, result.history)) + options.draws - 1,
             "cost": round(result.kept["cost"], 3),
             "generations": len(result.history) - 1,
+            "population": size,
             "genes": dict(zip(hunt.genotype.names, result.factors, strict=True)),
             "calibration_sha256": data_digest(self.examples),
             "best_by_generation": _running_best(result.history),
