@@ -91,7 +91,7 @@ class Configuration:
     tasks: tuple[Task, ...]
 
 
-# Ids are taken from model cards, file lists and other people's code, none could be opened from here.
+# Ids are from model cards, file lists and other people's code; no model could be opened from here.
 #
 # Fine-tunes: vision towers only, trained again by FusionBench with the text tower frozen; not the
 # checkpoints of Task Arithmetic, which the paper is likely to have used. The base of ViT-B/32
@@ -107,7 +107,7 @@ _VISION = {
     "mnist": ("mnist", 99.7, 99.7),
     "dtd": ("dtd", 79.4, 84.1),
 }
-# Fine-tunes by another hand on the paper's tasks, of T5's first version by their size; their prompts
+# Fine-tunes by another hand on the paper's tasks, of T5's first version by their size; prompts
 # are not documented. Where no trace of an id was found: False.
 _TEXT = {
     # name -> (percent of T5-base, of T5-large, whether a T5-large is known)
