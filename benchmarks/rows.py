@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import platform
 import subprocess
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import nps_compress
@@ -39,6 +40,25 @@ def save(name: str, rows: list[dict[str, object]]) -> Path:
         for row in rows:
             writer.writerow({**row, **shared})
     return path
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows that a file has so far."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def append(path: Path, fields: Sequence[str], row: Mapping[str, object]) -> None:
+    """Add a row to a file, which is made if there is none."""
+    new = not path.exists()
+    path.parent.mkdir(exist_ok=True)
+    with path.open("a", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, fields, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
 
 
 def table(rows: list[dict[str, object]]) -> str:
