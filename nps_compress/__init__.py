@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from nps_compress.recipe import Recipe
     from nps_compress.reconstruct import Task, rebuild
     from nps_compress.report import Quality
-    from nps_compress.searching import search_recipe
+    from nps_compress.searching import SearchOptions, search_recipe
     from nps_compress.sparse_safetensors import ExportReport, export_sparse, import_sparse
     from nps_compress.unpacking import UnpackReport, VerifyReport, unpack, verify
     from nps_compress.unpacking import open_task as open
@@ -62,6 +62,7 @@ _HOME = {
     "RecipeError": "errors",
     "RetainError": "errors",
     "SearchInterruptedError": "errors",
+    "SearchOptions": "searching",
     "Task": "reconstruct",
     "UnpackReport": "unpacking",
     "VerifyReport": "unpacking",

@@ -102,6 +102,7 @@ def search(
     population: int | None = None,
     sigma: float = SIGMA,
     seed: int = 0,
+    patience: int = PATIENCE,
     state: Path | None = None,
     identity: Mapping[str, Any] | None = None,
     on_generation: Callable[[Progress], None] = lambda _: None,
@@ -111,7 +112,8 @@ def search(
     With ``state``, every generation's fitness is saved there, and what ``evaluate`` puts into its
     memory. A state of the same ``identity`` is taken up again: its fitnesses are replayed to the
     same optimiser, so a resumed search equals an uninterrupted one. The state stays when the
-    search ends; fewer ``generations`` than it holds are answered from it.
+    search ends; fewer ``generations`` than it holds are answered from it. ``patience``: generations
+    without a gain to speak of after which it ends.
 
     Raises:
         InvalidArgumentError: an option is out of range.
@@ -165,7 +167,7 @@ def search(
         for _ in range(generations):
             xs = strategy.ask()
             strategy.tell(xs, [_cost(fitness) for fitness in score(xs)])
-            if strategy.stop() or _stands_still(history):
+            if strategy.stop() or _stands_still(history, patience):
                 break
     except KeyboardInterrupt:
         anything = state and (history or begun)
@@ -173,12 +175,12 @@ def search(
     return SearchResult(best[1], best[0], history[0][0], history, kept)
 
 
-def _stands_still(history: Sequence[Sequence[float]]) -> bool:
+def _stands_still(history: Sequence[Sequence[float]], patience: int) -> bool:
     """Whether the last generations gained next to nothing."""
-    if len(history) <= PATIENCE + 1:
+    if len(history) <= patience + 1:
         return False
-    before = max(map(max, history[:-PATIENCE]))
-    now = max(before, *map(max, history[-PATIENCE:]))
+    before = max(map(max, history[:-patience]))
+    now = max(before, *map(max, history[-patience:]))
     return now - before <= _GAIN * (now - history[0][0])
 
 
