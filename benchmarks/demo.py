@@ -113,8 +113,7 @@ def main() -> None:
         f"--population {POPULATION}",
         recipe=searched,
         calibration=calibration,
-        generations=GENERATIONS,
-        population=POPULATION,
+        search=nps_compress.SearchOptions(generations=GENERATIONS, population=POPULATION),
     )
     sampled = nps_compress.Recipe(prune="sampled", density=SAMPLED_DENSITY)
     pack(

@@ -14,7 +14,6 @@ import torch
 from nps_compress.adapters import device
 from nps_compress.calibration import Example
 from nps_compress.candidates import Pruner
-from nps_compress.errors import InvalidArgumentError
 from nps_compress.fitness import Fitness
 from nps_compress.live import LiveModel
 from nps_compress.measured import Measured, join
@@ -22,14 +21,6 @@ from nps_compress.racing import Outcome, race, rounds
 from nps_compress.recipe import Recipe
 from nps_compress.retain import Yardstick
 from nps_compress.search import Memory
-
-MAX_WORKERS = 64
-
-
-def check_workers(workers: int | None) -> None:
-    """Raise InvalidArgumentError unless it is None or a number of workers."""
-    if workers is not None and not 1 <= workers <= MAX_WORKERS:
-        raise InvalidArgumentError("workers", workers, f"from 1 to {MAX_WORKERS}")
 
 
 class Evaluator:
@@ -47,7 +38,6 @@ class Evaluator:
         source: Path | str = "calibration data",
         workers: int | None = None,
     ) -> None:
-        check_workers(workers)
         on_gpu = device().type == "cuda"
         count = workers or (torch.cuda.device_count() if on_gpu else 1)
         self._idle: queue.SimpleQueue[tuple[Fitness, LiveModel]] = queue.SimpleQueue()

@@ -15,6 +15,7 @@ from typing import Literal, get_args
 
 from nps_compress.errors import InvalidArgumentError
 from nps_compress.groups import Group
+from nps_compress.prune import COEFFICIENTS
 from nps_compress.recipe import Recipe
 
 Genes = Literal["subspaces", "subspace-density", "groups", "group-density"]
@@ -50,11 +51,12 @@ class Genotype:
         return [name for gene in self._genes for name in names[gene]]
 
     def express(self, factors: Sequence[float]) -> Recipe:
-        """The recipe that a vector stands for. factors: [len(self.names)]."""
+        """The recipe that a vector stands for, as far as recipes go. factors: [len(self.names)]."""
         recipe, rest = self._recipe, list(factors)
 
         def take(before: Sequence[float]) -> tuple[float, ...]:
-            return tuple(old * rest.pop(0) for old in before)
+            low, high = COEFFICIENTS
+            return tuple(min(max(old * rest.pop(0), low), high) for old in before)
 
         for gene in self._genes:
             if gene == "subspaces":

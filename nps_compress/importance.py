@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -112,7 +113,9 @@ def activation(
     for path, module in loaded.model.named_modules():
         name = f"{path}.weight" if path else "weight"
         if name in squares and (isinstance(module, _MATRICES) or _is_transposed(module)):
-            hooks.append(module.register_forward_pre_hook(_adds_inputs(squares, name)))
+            hooks.append(
+                module.register_forward_pre_hook(_adds_inputs(squares, name), with_kwargs=True)
+            )
     try:
         with running(finetuned), torch.inference_mode():
             for encoded in loaded.encode(examples, source, labelled=False):
@@ -145,8 +148,8 @@ def _is_transposed(module: torch.nn.Module) -> bool:
 def _adds_inputs(squares: dict[str, torch.Tensor], name: str) -> Callable[..., None]:
     """A hook that adds up the squares of what a module is given."""
 
-    def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        given = inputs[0]
+    def hook(module: torch.nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        given = [*inputs, *named.values()][0]
         if isinstance(module, torch.nn.Embedding):
             rows = torch.bincount(given.flatten(), minlength=module.num_embeddings)
             found = rows.float()

@@ -54,7 +54,7 @@ RULES: tuple[Rule, ...] = get_args(Rule)
 Cuts = Literal["tail", "equal"]
 CUTS: tuple[Cuts, ...] = get_args(Cuts)
 MAX_SUBSPACES = 64
-COEFFICIENTS = (1e-6, 1e6)  # wider than any search goes, narrow enough for float32
+COEFFICIENTS = (1e-6, 1e6)  # as far as a search may go, narrow enough for float32
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,8 @@ def _order(score: float) -> float:
 def _behind(better: Measured, worse: Measured) -> tuple[float, float]:
     """By how much a mean is lower on the same examples, and the standard error of that."""
     total = better.counts.sum()
+    if not total:
+        return 0.0, 0.0
     with np.errstate(invalid="ignore", over="ignore"):
         differences = better.sums - worse.sums
         mean = differences.sum() / total

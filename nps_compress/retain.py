@@ -93,10 +93,12 @@ def find_recipe(
     trials: list[Trial] = []
     best: tuple[Recipe, Measured] | None = None
     for rule in rules:
+        others = {} if rule == "sampled" else {"eligible": 0.0, "grid": False}
+        ruled = replace(recipe, prune=rule, **others)  # type: ignore[arg-type]
         asked = _densities()
         density = next(asked)
         while True:
-            candidate = replace(recipe, prune=rule, density=density)
+            candidate = replace(ruled, density=density)
             found = measure(candidate)
             trials.append(Trial(density, yardstick.share(found), rule))
             on_trial(trials[-1])

@@ -7,6 +7,7 @@ positive.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import warnings
@@ -32,13 +33,14 @@ Factors = tuple[float, ...]
 class Memory:
     """What is known of the generation in work, as JSON values; it survives an interruption.
 
-    ``kept`` is known to the generations after as well.
+    ``kept``: by the generations before.
     """
 
     def __init__(
-        self, known: dict[str, Any], kept: dict[str, Any], save: Callable[[], None]
+        self, known: dict[str, Any], kept: Mapping[str, Any], save: Callable[[], None]
     ) -> None:
         self._known, self.kept, self._save = known, kept, save
+        self.later: dict[str, Any] = {}
 
     def get(self, key: str) -> Any:
         """What was put there before; None where nothing was."""
@@ -50,9 +52,8 @@ class Memory:
         self._save()
 
     def keep(self, key: str, value: Any) -> None:
-        """Remember a JSON value for good."""
-        self.kept[key] = value
-        self._save()
+        """Remember a JSON value for good, from the end of this generation on."""
+        self.later[key] = value
 
 
 # Scores of a generation's candidates, in their order.
@@ -102,6 +103,7 @@ def search(
     population: int | None = None,
     sigma: float = SIGMA,
     seed: int = 0,
+    patience: int = PATIENCE,
     state: Path | None = None,
     identity: Mapping[str, Any] | None = None,
     on_generation: Callable[[Progress], None] = lambda _: None,
@@ -111,7 +113,8 @@ def search(
     With ``state``, every generation's fitness is saved there, and what ``evaluate`` puts into its
     memory. A state of the same ``identity`` is taken up again: its fitnesses are replayed to the
     same optimiser, so a resumed search equals an uninterrupted one. The state stays when the
-    search ends; fewer ``generations`` than it holds are answered from it.
+    search ends; fewer ``generations`` than it holds are answered from it. ``patience``: generations
+    without a gain to speak of after which it ends.
 
     Raises:
         InvalidArgumentError: an option is out of range.
@@ -138,8 +141,8 @@ def search(
 
     def save() -> None:
         if state:
-            done = {"fitness": history, "begun": begun, "kept": kept}
-            told = {"nps_search": _STATE_VERSION, "settings": settings}
+            done = {"settings": settings, "fitness": history, "begun": begun, "kept": kept}
+            told = {"nps_search": _STATE_VERSION, "sha256": _digest(done)}
             write_json(state, told | done, force=True)
 
     def score(xs: Sequence[Sequence[float]]) -> list[float]:
@@ -148,8 +151,10 @@ def search(
         if len(history) < len(known):
             found = known[len(history)]
         else:
-            found = [float(fitness) for fitness in evaluate(candidates, Memory(begun, kept, save))]
+            memory = Memory(begun, kept, save)
+            found = [float(fitness) for fitness in evaluate(candidates, memory)]
             found = [-math.inf if math.isnan(fitness) else fitness for fitness in found]
+            kept.update(memory.later)
         history.append(found)
         if len(history) > len(known):
             begun.clear()
@@ -165,7 +170,7 @@ def search(
         for _ in range(generations):
             xs = strategy.ask()
             strategy.tell(xs, [_cost(fitness) for fitness in score(xs)])
-            if strategy.stop() or _stands_still(history):
+            if strategy.stop() or _stands_still(history, patience):
                 break
     except KeyboardInterrupt:
         anything = state and (history or begun)
@@ -173,13 +178,13 @@ def search(
     return SearchResult(best[1], best[0], history[0][0], history, kept)
 
 
-def _stands_still(history: Sequence[Sequence[float]]) -> bool:
+def _stands_still(history: Sequence[Sequence[float]], patience: int) -> bool:
     """Whether the last generations gained next to nothing."""
-    if len(history) <= PATIENCE + 1:
+    best = [score for score in map(max, history) if math.isfinite(score)]
+    if len(best) <= patience + 1:
         return False
-    before = max(map(max, history[:-PATIENCE]))
-    now = max(before, *map(max, history[-PATIENCE:]))
-    return now - before <= _GAIN * (now - history[0][0])
+    before, now = max(best[:-patience]), max(best)
+    return now - before <= _GAIN * (now - best[0])
 
 
 def _cost(fitness: float) -> float:
@@ -214,23 +219,24 @@ def _read_state(
         return [], {}, {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-        version, saved = value["nps_search"], value["settings"]
-        known = [[float(number) for number in scores] for scores in value["fitness"]]
-        begun, kept = value["begun"], value["kept"]
-        if not all(isinstance(part, dict) for part in (saved, begun, kept)):
-            raise ValueError("not an object")
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        version, digest = value.pop("nps_search"), value.pop("sha256", None)
+        if version == _STATE_VERSION and digest != _digest(value):
+            raise ValueError("its digest does not match")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise RecipeError(path, f"is not the state of a search ({error!r})") from error
     if version != _STATE_VERSION:
-        raise RecipeError(path, f"is a search state of version {version}")
-    for key in {*saved, *settings}:
+        raise RecipeError(path, f"is a search state of version {version!r}")
+    saved = value["settings"]
+    for key in {**settings, **saved}:
         if saved.get(key) != settings.get(key):
             raise RecipeError(
                 path,
                 f"belongs to another search ({key} was {saved.get(key)!r}, is now "
                 f"{settings.get(key)!r}); delete it to start anew",
             )
-    sizes = [1, *[settings["population"]] * len(known)]
-    if any(len(scores) != size for scores, size in zip(known, sizes, strict=False)):
-        raise RecipeError(path, "is not the state of a search (a generation of another size)")
-    return known, begun, kept
+    return value["fitness"], value["begun"], value["kept"]
+
+
+def _digest(state: Mapping[str, Any]) -> str:
+    """So that what is taken up again is what was saved."""
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest()

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from nps_compress.calibration import Example
     from nps_compress.evaluator import Evaluator
 
-MAX_DRAWS = 1000
+MAX_DRAWS, MAX_WORKERS = 1000, 64
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ class SearchOptions:
             check_search_options(self.generations, self.population)
         if not 1 <= self.draws <= MAX_DRAWS:
             raise InvalidArgumentError("draws", self.draws, f"from 1 to {MAX_DRAWS}")
+        if self.workers is not None and not 1 <= self.workers <= MAX_WORKERS:
+            raise InvalidArgumentError("workers", self.workers, f"from 1 to {MAX_WORKERS}")
 
 
 def search_recipe(
@@ -183,10 +185,8 @@ class SearchJob:
 
     def __init__(self, calibration: Path, options: SearchOptions, out: Path) -> None:
         from nps_compress.calibration import read_examples
-        from nps_compress.evaluator import check_workers
         from nps_compress.fitness import check_fitness
 
-        check_workers(options.workers)
         if options.fitness is not None:
             check_fitness(options.fitness)
         self.examples = read_examples(calibration)
@@ -215,7 +215,7 @@ class SearchJob:
         size = options.population or population_size(dimensions)
         total = options.draws + options.generations * size
         identity = {
-            "recipe": {**_as_json(pruner.recipe), "coefficients": None},
+            "recipe": _as_json(pruner.recipe),
             "fitness": metric,
             "genes": list(genes),
             "draws": options.draws,

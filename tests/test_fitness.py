@@ -10,7 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import nps_compress
-from nps_compress import CalibrationError, CheckpointError, InvalidArgumentError, Recipe
+from nps_compress import (
+    CalibrationError,
+    CheckpointError,
+    InvalidArgumentError,
+    Recipe,
+    SearchOptions,
+)
 from nps_compress.calibration import read_examples
 from nps_compress.fitness import Fitness
 from nps_compress.models import load_model
@@ -72,7 +78,12 @@ def test_search_scores_what_is_stored(pair, prune, request, tmp_path):
     base, tuned, calibration = request.getfixturevalue(pair)
     recipe = Recipe.with_subspaces(3, "tail", prune=prune, density=0.1)
     report = nps_compress.pack(
-        base, tuned, tmp_path / "t.nps", recipe=recipe, calibration=calibration, generations=4
+        base,
+        tuned,
+        tmp_path / "t.nps",
+        recipe=recipe,
+        calibration=calibration,
+        search=SearchOptions(generations=4),
     )
     found = report.recipe.search
     assert found["best"] >= found["start"]
@@ -92,16 +103,22 @@ def test_search_scores_what_is_stored(pair, prune, request, tmp_path):
 def test_search_then_pack_equals_pack_with_calibration(classifier_pair, tmp_path):
     base, tuned, calibration = classifier_pair
     recipe = Recipe.with_subspaces(2, "equal", density=0.1)
-    options = {"fitness": "loss", "generations": 2}
+    options = SearchOptions(fitness="loss", generations=2)
     found = nps_compress.search_recipe(
-        base, tuned, calibration, tmp_path / "r.json", recipe, **options
+        base, tuned, calibration, tmp_path / "r.json", recipe, options
     )
     assert Recipe.read(tmp_path / "r.json") == found
     nps_compress.pack(base, tuned, tmp_path / "a.nps", recipe=found)
     nps_compress.pack(
-        base, tuned, tmp_path / "b.nps", recipe=recipe, calibration=calibration, **options
+        base, tuned, tmp_path / "b.nps", recipe=recipe, calibration=calibration, search=options
     )
-    assert (tmp_path / "a.nps").read_bytes() == (tmp_path / "b.nps").read_bytes()
+    first, second = (nps_compress.inspect(tmp_path / f"{name}.nps") for name in "ab")
+    for key in ("content_sha256", "tensors", "files", "relative_error"):
+        assert first[key] == second[key]
+    # Only where it is searched, the file says what that found.
+    scores = [key for key in second["metadata"] if key not in first["metadata"]]
+    assert all(key.startswith("quality_") for key in scores)
+    assert first["metadata"] == {k: v for k, v in second["metadata"].items() if k not in scores}
 
 
 def test_labels_that_the_model_does_not_know(classifier_pair, tmp_path):
@@ -149,38 +166,44 @@ def test_state_of_another_finetune_is_refused(classifier_pair, tmp_path):
     base, tuned, calibration = classifier_pair
     recipe = Recipe.with_subspaces(2, "tail")
     out = tmp_path / "r.json"
-    nps_compress.search_recipe(base, tuned, calibration, out, recipe, generations=1)
+    nps_compress.search_recipe(base, tuned, calibration, out, recipe, SearchOptions(generations=1))
     state = out.with_name("r.json.search.json")
     assert not state.exists()
     from nps_compress.fitness import Fitness as Original
 
     calls = []
 
-    def stop(self):
+    def stop(self, index):
         calls.append(self)
         if len(calls) > 3:
             raise KeyboardInterrupt
-        return original(self)
+        return original(self, index)
 
-    original = Original.score
+    original = Original._part
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Original, "score", stop)
+        patch.setattr(Original, "_part", stop)
         with pytest.raises(nps_compress.SearchInterruptedError):
             nps_compress.search_recipe(
-                base, tuned, calibration, out, recipe, generations=1, force=True
+                base, tuned, calibration, out, recipe, SearchOptions(generations=1), force=True
             )
     assert state.exists()
     weights = load_file(tuned / "model.safetensors")
     weights["classifier.weight"] *= -5  # a tensor that the base lacks
     save_file(weights, tuned / "model.safetensors", {"format": "pt"})
     with pytest.raises(nps_compress.RecipeError, match="another search"):
-        nps_compress.search_recipe(base, tuned, calibration, out, recipe, generations=1, force=True)
+        nps_compress.search_recipe(
+            base, tuned, calibration, out, recipe, SearchOptions(generations=1), force=True
+        )
 
 
 def test_pack_with_calibration_searches_subspaces_by_default(classifier_pair, tmp_path):
     base, tuned, calibration = classifier_pair
     report = nps_compress.pack(
-        base, tuned, tmp_path / "t.nps", calibration=calibration, generations=1
+        base,
+        tuned,
+        tmp_path / "t.nps",
+        calibration=calibration,
+        search=SearchOptions(generations=1),
     )
     assert len(report.recipe.coefficients) == 8
 

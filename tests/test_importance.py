@@ -10,14 +10,14 @@ import torch
 from click.testing import CliRunner
 
 import nps_compress
-from nps_compress import InvalidArgumentError, Recipe
+from nps_compress import InvalidArgumentError, Recipe, SearchOptions
 from nps_compress.calibration import read_examples
 from nps_compress.cli import main
 from nps_compress.dtypes import BY_NAME
 from nps_compress.importance import DAMPING, POWER, fisher
 from nps_compress.models import load_model
 from nps_compress.prune import plan, prune, tensor_seed
-from nps_compress.task_vector import Histogram
+from nps_compress.task_vector import Histogram, Ranking
 
 F32 = BY_NAME["F32"]
 
@@ -71,7 +71,7 @@ class TestPruning:
         base, tuned, importance = weights
         histogram = Histogram.empty()
         assert histogram.add(base, tuned, importance)
-        selection = plan(histogram, rule, density)
+        selection = plan(Ranking.of([histogram]), rule, density)
         seed = tensor_seed(seed, "w")
         words = prune(
             selection, base.view(np.uint32), F32, tuned.view(np.uint32), F32, seed, 0, importance
@@ -115,7 +115,7 @@ class TestPruning:
         histogram.add(base, tuned)
         for rule in ("magnitude", "sampled"):
             words = prune(
-                plan(histogram, rule, 0.05),
+                plan(Ranking.of([histogram]), rule, 0.05),
                 base.view(np.uint32),
                 F32,
                 tuned.view(np.uint32),
@@ -132,7 +132,12 @@ class TestPack:
         base, tuned, calibration = classifier_pair
         recipe = Recipe(prune="sampled", density=0.2, importance="fisher")
         plain = nps_compress.pack(
-            base, tuned, tmp_path / "a.nps", recipe=recipe, calibration=calibration, generations=0
+            base,
+            tuned,
+            tmp_path / "a.nps",
+            recipe=recipe,
+            calibration=calibration,
+            search=SearchOptions(generations=0),
         )
         assert plain.recipe
         assert not plain.recipe.search
@@ -148,8 +153,7 @@ class TestPack:
             tmp_path / "c.nps",
             recipe=searched,
             calibration=calibration,
-            generations=1,
-            population=2,
+            search=SearchOptions(generations=1, population=2),
         )
         assert report.recipe
         assert report.recipe.search["evaluations"] == 3

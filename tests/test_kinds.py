@@ -20,6 +20,7 @@ from nps_compress import (
     FitnessError,
     InvalidArgumentError,
     Recipe,
+    SearchOptions,
 )
 from nps_compress.batches import in_batches
 from nps_compress.calibration import Example
@@ -71,7 +72,7 @@ def test_what_holds_for_every_fitness(models, kind, name):
         assert before.score == pytest.approx(1)
     elif name in LABEL_FREE or kind == "regression":
         assert before.score == pytest.approx(0, abs=1e-5)
-    parts = list(fitness.parts())
+    parts = [part for n in range(fitness.part_count) for part in fitness.parts([n])]
     assert len(parts) == math.ceil(len(examples) / 5)
     assert join(parts).score == before.score
     tiny_models.damage(fitness.model)
@@ -138,7 +139,7 @@ def test_importance(models, kind):
     assert all(np.array_equal(found[name], again[name]) for name in found)
 
 
-@pytest.mark.parametrize("kind", ["token", "seq2seq", "clip", "encoder", "vision encoder"])
+@pytest.mark.parametrize("kind", ["token", "seq2seq", "image", "clip", "encoder", "vision encoder"])
 def test_search_and_pack(models, kind, tmp_path):
     _, examples = models(kind)
     base = tiny_models.build(kind, tmp_path / "base")
@@ -162,8 +163,7 @@ def test_search_and_pack(models, kind, tmp_path):
         tmp_path / "c.jsonl",
         tmp_path / "r.json",
         Recipe.with_subspaces(2, "tail", density=0.3),
-        generations=1,
-        population=2,
+        SearchOptions(generations=1, population=2),
     )
     assert recipe.search["fitness"] == label_free_fitness(tmp_path / "tuned", examples)
     assert recipe.search["best"] < 0
@@ -355,7 +355,7 @@ class TestExactMatch:
         found = fitness.measure()
         assert found.score == pytest.approx(4 / 6)
         assert len(found.counts) == 6
-        assert len(list(fitness.parts())) == math.ceil(6 / batch_size)
+        assert fitness.part_count == math.ceil(6 / batch_size)
         tiny_models.damage(fitness.model)
         assert fitness.score() < 0.5
 
@@ -562,7 +562,7 @@ class TestOwnFunction:
         found = Fitness(folder, examples, "own_a:each").measure()
         assert found.sums.tolist() == [-len(e.text.split()) for e in examples]
         assert Fitness(folder, examples, "own_a:tensor").score() == 3
-        assert len(list(fitness.parts())) == 1
+        assert fitness.part_count == 1
 
     def test_errors(self, models, module):
         module(
@@ -605,7 +605,12 @@ class TestOwnFunction:
         )
         base, tuned, calibration = classifier_pair
         report = nps_compress.pack(
-            base, tuned, tmp_path / "t", retain=0.5, calibration=calibration, fitness="own_d:near"
+            base,
+            tuned,
+            tmp_path / "t",
+            retain=0.5,
+            calibration=calibration,
+            search=SearchOptions(fitness="own_d:near"),
         )
         assert report.quality
         assert report.quality.metric == "own_d:near"
@@ -631,7 +636,7 @@ def test_retain_of_an_encoder(models, name, tmp_path):
         tmp_path / "t.nps",
         retain=0.6,
         calibration=tmp_path / "c.jsonl",
-        fitness=name,
+        search=SearchOptions(fitness=name),
     )
     quality = report.quality
     assert quality

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from nps_compress.dtypes import BY_NAME, round_float32, to_float32
-from nps_compress.prune import plan, prune, tensor_seed, top_shares
-from nps_compress.task_vector import Histogram, key_of, subspace_edges
+from nps_compress.prune import Weighting, plan, prune, tensor_seed, top_shares
+from nps_compress.task_vector import Histogram, Ranking, keys_of
 
 F32, BF16, F16 = BY_NAME["F32"], BY_NAME["BF16"], BY_NAME["F16"]
 N = 200_000
@@ -19,10 +19,10 @@ def vectors(rng):
     return base, base + rng.standard_t(4, N).astype(np.float32) * np.float32(1e-3)
 
 
-def histogram_of(base, tuned) -> Histogram:
+def ranking_of(base, tuned) -> Ranking:
     histogram = Histogram.empty()
     assert histogram.add(base, tuned)
-    return histogram
+    return Ranking.of([histogram])
 
 
 def run(selection, base, tuned, dtype=F32, seed=1, start=0):
@@ -34,7 +34,7 @@ def run(selection, base, tuned, dtype=F32, seed=1, start=0):
 @pytest.mark.parametrize("density", [0.001, 0.05, 0.3, 1.0])
 def test_magnitude_keeps_the_largest(vectors, density):
     base, tuned = vectors
-    out = run(plan(histogram_of(base, tuned), "magnitude", density), base, tuned).view(np.float32)
+    out = run(plan(ranking_of(base, tuned), "magnitude", density), base, tuned).view(np.float32)
     tau = np.abs(tuned - base)
     kept = out != base
     assert kept.sum() == pytest.approx(density * N, rel=0.01)
@@ -46,7 +46,7 @@ def test_magnitude_keeps_the_largest(vectors, density):
 def test_ties_are_broken_to_meet_the_density(rng):
     base = np.zeros(N, np.float32)
     tuned = np.where(rng.random(N) < 0.5, np.float32(0.25), np.float32(-0.25))
-    out = run(plan(histogram_of(base, tuned), "magnitude", 0.1), base, tuned).view(np.float32)
+    out = run(plan(ranking_of(base, tuned), "magnitude", 0.1), base, tuned).view(np.float32)
     assert (out != 0).sum() == pytest.approx(0.1 * N, rel=0.05)
     assert set(np.unique(out)) == {-0.25, 0.0, 0.25}
 
@@ -54,7 +54,7 @@ def test_ties_are_broken_to_meet_the_density(rng):
 def test_sampled_is_unbiased_and_meets_the_density(vectors):
     base, tuned = vectors
     tau = (tuned - base).astype(np.float64)
-    selection = plan(histogram_of(base, tuned), "sampled", 0.05)
+    selection = plan(ranking_of(base, tuned), "sampled", 0.05)
     total = np.zeros(N)
     draws = 200
     for seed in range(draws):
@@ -71,7 +71,7 @@ def test_sampled_is_unbiased_and_meets_the_density(vectors):
 
 def test_sampled_values_are_one_constant_with_a_sign(vectors):
     base, tuned = np.zeros(N, np.float32), vectors[1] - vectors[0]
-    selection = plan(histogram_of(base, tuned), "sampled", 0.01)
+    selection = plan(ranking_of(base, tuned), "sampled", 0.01)
     out = run(selection, base, tuned).view(np.float32)
     certain = np.abs(tuned) >= selection.step
     assert set(np.abs(out[(out != 0) & ~certain])) == {np.float32(selection.step)}
@@ -81,9 +81,10 @@ def test_sampled_values_are_one_constant_with_a_sign(vectors):
 @pytest.mark.parametrize("rule", ["magnitude", "sampled"])
 def test_coefficients_reweight_subspaces(vectors, rule):
     base, tuned = np.zeros(N, np.float32), vectors[1] - vectors[0]
-    histogram = histogram_of(base, tuned)
+    ranking = ranking_of(base, tuned)
     shares, coefficients = (0.5, 0.1), (0.5, 1.0, 2.0)
-    selection = plan(histogram, rule, 0.05, shares, coefficients)
+    weighting = Weighting(np.array([coefficients]), np.ones((1, 3)))
+    selection = plan(ranking, rule, 0.05, shares, weighting)
     out = run(selection, base, tuned).view(np.float32)
     rank = np.argsort(np.argsort(-np.abs(tuned)))
     factor = np.select([rank < 0.1 * N, rank < 0.5 * N], [2.0, 1.0], 0.5)
@@ -102,7 +103,7 @@ def test_coefficients_reweight_subspaces(vectors, rule):
 @pytest.mark.parametrize("rule", ["magnitude", "sampled"])
 def test_slices_do_not_change_the_outcome(vectors, rule):
     base, tuned = vectors
-    selection = plan(histogram_of(base, tuned), rule, 0.05)
+    selection = plan(ranking_of(base, tuned), rule, 0.05)
     whole = run(selection, base, tuned)
     parts = [
         run(selection, base[i : i + 777], tuned[i : i + 777], start=i) for i in range(0, N, 777)
@@ -113,8 +114,8 @@ def test_slices_do_not_change_the_outcome(vectors, rule):
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=["BF16", "F16"])
 def test_result_is_rounded_and_dropped_weights_are_untouched(vectors, dtype):
     base, tuned = (round_float32(v, dtype) for v in vectors)
-    histogram = histogram_of(to_float32(base, dtype), to_float32(tuned, dtype))
-    out = prune(plan(histogram, "magnitude", 0.1), base, dtype, tuned, dtype, 0)
+    ranking = ranking_of(to_float32(base, dtype), to_float32(tuned, dtype))
+    out = prune(plan(ranking, "magnitude", 0.1), base, dtype, tuned, dtype, 0)
     changed = out != base
     assert changed.sum() == pytest.approx(0.1 * N, rel=0.02)
     assert np.array_equal(out[changed], tuned[changed])
@@ -125,14 +126,14 @@ def test_density_above_the_changed_share_keeps_every_change():
     tuned = base.copy()
     tuned[::100] = 0.5
     for rule in ("magnitude", "sampled"):
-        out = run(plan(histogram_of(base, tuned), rule, 0.5), base, tuned).view(np.float32)
+        out = run(plan(ranking_of(base, tuned), rule, 0.5), base, tuned).view(np.float32)
         assert np.array_equal(out, tuned)
 
 
 def test_unchanged_pair_keeps_nothing():
     base = np.ones(1000, np.float32)
     for rule in ("magnitude", "sampled"):
-        out = run(plan(histogram_of(base, base), rule, 0.05), base, base)
+        out = run(plan(ranking_of(base, base), rule, 0.05), base, base)
         assert np.array_equal(out.view(np.float32), base)
 
 
@@ -146,9 +147,9 @@ def test_histogram_reports_what_is_not_finite():
 
 def test_edges_cut_at_the_asked_ranks(vectors):
     base, tuned = vectors
-    histogram = histogram_of(base, tuned)
-    edges = subspace_edges(histogram, (0.5, 0.1, 0.01))
-    keys = np.array([key_of(float(m)) for m in np.abs(tuned - base)])
+    ranking = ranking_of(base, tuned)
+    edges = ranking.subspace_edges((0.5, 0.1, 0.01))
+    keys = keys_of(np.abs(tuned - base).astype(np.float64))
     for edge, share in zip(edges, (0.5, 0.1, 0.01), strict=True):
         assert np.mean(keys >= edge) == pytest.approx(share, rel=0.02)
 
@@ -166,7 +167,7 @@ def test_sampled_stays_unbiased_after_rounding(dtype, density, rng):
     move = rng.integers(-3, 4, N).astype(np.int64)  # steps between neighbouring floats
     tuned = (base.astype(np.int64) + move).astype(np.uint16)
     before, after = to_float32(base, dtype), to_float32(tuned, dtype)
-    selection = plan(histogram_of(before, after), "sampled", density)
+    selection = plan(ranking_of(before, after), "sampled", density)
     total = np.zeros(N)
     draws = 60
     for seed in range(draws):
@@ -185,7 +186,7 @@ def test_sampled_stays_unbiased_across_a_power_of_two():
     # From the last float below 2, half a spacing above 2 rounds back to 2: half of the step.
     base, tuned = np.full(N, 0x3FFF, np.uint16), np.full(N, 0x4000, np.uint16)
     before, after = to_float32(base, BF16), to_float32(tuned, BF16)
-    selection = plan(histogram_of(before, after), "sampled", 0.5)
+    selection = plan(ranking_of(before, after), "sampled", 0.5)
     moved = to_float32(prune(selection, base, BF16, tuned, BF16, 1), BF16) - before
     assert moved.mean() == pytest.approx((after - before).mean(), rel=0.02)
 
@@ -194,12 +195,12 @@ def test_sampled_stays_unbiased_across_a_power_of_two():
 def test_nothing_finite_becomes_infinite(rule):
     base = round_float32(np.full(4000, 65000, np.float32), F16)
     tuned = round_float32(np.full(4000, 65472, np.float32), F16)
-    histogram = histogram_of(to_float32(base, F16), to_float32(tuned, F16))
-    out = prune(plan(histogram, rule, 0.01), base, F16, tuned, F16, 0)
+    ranking = ranking_of(to_float32(base, F16), to_float32(tuned, F16))
+    out = prune(plan(ranking, rule, 0.01), base, F16, tuned, F16, 0)
     assert np.isfinite(to_float32(out, F16)).all()
     wide = np.full(1000, 1e5, np.float32)
     zero = np.zeros(1000, np.float32)
-    selection = plan(histogram_of(zero, wide), rule, 1.0)
+    selection = plan(ranking_of(zero, wide), rule, 1.0)
     out = prune(
         selection, zero.astype(np.float16).view(np.uint16), F16, wide.view(np.uint32), F32, 0
     )

@@ -16,17 +16,19 @@ from conftest import write_checkpoint
 from safetensors.torch import load_file
 
 import nps_compress
-from nps_compress import Quality, Recipe
-from nps_compress import retain as retain_module
+from nps_compress import Quality, Recipe, SearchOptions
+from nps_compress.calibration import data_digest, read_examples
 from nps_compress.checkpoint import open_checkpoint
 from nps_compress.cli import main
 from nps_compress.codecs import ValueCodec
 from nps_compress.distortion import _SLICE, Distortion, distortion, total
 from nps_compress.dtypes import BY_NAME, round_float32
-from nps_compress.fitness import Fitness, Measured, data_digest, load_model, read_jsonl
+from nps_compress.fitness import Fitness
 from nps_compress.format.layout import Op
 from nps_compress.format.records import BaseTensor, TensorEntry
 from nps_compress.format.writer import NpsWriter
+from nps_compress.measured import Measured
+from nps_compress.models import load_model
 from nps_compress.report import (
     Trial,
     errors_from_metadata,
@@ -34,6 +36,7 @@ from nps_compress.report import (
     recipe_words,
     task_of,
 )
+from nps_compress.retain import Yardstick
 
 FULL = Quality(
     metric="accuracy",
@@ -46,7 +49,7 @@ FULL = Quality(
     retained=0.99375,
     low=0.97,
     high=1.01,
-    trials=(Trial(0.5, 1.0), Trial(0.25, 0.9)),
+    trials=(Trial(0.5, 1.0, "sampled"), Trial(0.25, 0.9, "magnitude")),
     task="sequence-classification",
     seed=7,
     evaluations=2,
@@ -85,7 +88,10 @@ class TestMetadata:
         assert texts["quality_interval"] == "0.97 to 1.01"
         assert texts["quality_examples"] == "240"
         assert texts["quality_seed"] == "7"
-        assert json.loads(texts["quality_trials"]) == [[0.5, 1.0], [0.25, 0.9]]
+        assert json.loads(texts["quality_trials"]) == [
+            [0.5, 1.0, "sampled"],
+            [0.25, 0.9, "magnitude"],
+        ]
         assert set(texts) == {
             f"quality_{name}"
             for name in (
@@ -297,7 +303,7 @@ def measured(*values: float) -> Measured:
 class TestScores:
     def test_kl_counts_the_gain_over_the_base(self):
         base, tuned, packed = measured(-4, -2), measured(0, 0), measured(-1, -0.5)
-        quality = retain_module.report_quality("kl", base, tuned, packed, seed=3)
+        quality = Yardstick("kl", base, tuned).report(packed, seed=3)
         assert quality.retained == pytest.approx(0.75)
         assert quality.low == pytest.approx(0.75)  # every example keeps the same share
         assert quality.high == pytest.approx(0.75)
@@ -311,16 +317,14 @@ class TestScores:
         ("metric", "base", "tuned"), [("loss", -2, -2), ("loss", -1, -2), ("accuracy", 0, 0)]
     )
     def test_no_share_of_nothing(self, metric, base, tuned):
-        quality = retain_module.report_quality(
-            metric, measured(base, base), measured(tuned, tuned), measured(-2, -2)
-        )
+        yardstick = Yardstick(metric, measured(base, base), measured(tuned, tuned))
+        quality = yardstick.report(measured(-2, -2))
         assert (quality.retained, quality.low, quality.high) == (None, None, None)
         assert "quality_retained" not in quality.to_metadata()
 
     def test_a_broken_model_keeps_no_share(self):
-        quality = retain_module.report_quality(
-            "loss", measured(-4, -4), measured(-2, -2), measured(math.nan, -2)
-        )
+        yardstick = Yardstick("loss", measured(-4, -4), measured(-2, -2))
+        quality = yardstick.report(measured(math.nan, -2))
         assert quality.retained is None
         assert "quality_packed" not in quality.to_metadata()
 
@@ -330,7 +334,12 @@ class TestScores:
         out = tmp_path / "t.nps"
         recipe = Recipe.with_subspaces(3, "tail", density=0.2, seed=4)
         report = nps_compress.pack(
-            base, tuned, out, recipe=recipe, calibration=calibration, fitness=fitness, generations=1
+            base,
+            tuned,
+            out,
+            recipe=recipe,
+            calibration=calibration,
+            search=SearchOptions(fitness=fitness, generations=1),
         )
         quality = report.quality
         assert quality is not None
@@ -340,13 +349,13 @@ class TestScores:
         assert report.recipe is not None
         assert quality.evaluations == report.recipe.search["evaluations"] > 1
         assert quality.packed == pytest.approx(report.recipe.search["best"])
-        assert quality.data_sha256 == data_digest(read_jsonl(calibration))
+        assert quality.data_sha256 == data_digest(read_examples(calibration))
         assert quality.target is None
         assert quality.examples_needed == 0
         # The unpacked model has the score that the file states.
         nps_compress.unpack(base, out, tmp_path / "out")
-        scorer = Fitness(tuned, read_jsonl(calibration), fitness)
-        packed, _, _ = load_model(tmp_path / "out")
+        scorer = Fitness(tuned, read_examples(calibration), fitness)
+        packed = load_model(tmp_path / "out").model
         scorer.model.load_state_dict(packed.state_dict())
         found = nps_compress.inspect(out)
         assert scorer.score() == pytest.approx(quality.packed)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import re
 
 import numpy as np
 import pytest
@@ -13,98 +12,70 @@ import torch
 from click.testing import CliRunner
 
 import nps_compress
-from nps_compress import InvalidArgumentError, Recipe, RetainError
+from nps_compress import InvalidArgumentError, Recipe, RetainError, SearchOptions
 from nps_compress import retain as retain_module
 from nps_compress.calibration import read_examples
 from nps_compress.cli import main
 from nps_compress.fitness import Fitness, natural_metric
 from nps_compress.measured import Measured
 from nps_compress.models import load_model
+from nps_compress.retain import Yardstick
 
 
-@dataclass
-class FakeLive:
-    """Stands for a model in memory: what it keeps is a function of the density alone."""
-
-    pruner: FakePruner
-    _: object
-
-    def apply(self) -> None:
-        self.pruner.at = self.pruner.recipe.density
-
-    def apply_base(self) -> None:
-        self.pruner.at = 0.0
+def right(share: float) -> Measured:
+    """1,000 examples, half of which the fine-tune has right, and this model a share of those."""
+    values = np.zeros(1000)
+    values[: round(500 * share)] = 1
+    return Measured(values, np.ones(1000, np.int64))
 
 
-@dataclass
-class FakePruner:
-    curve: Callable[[float], float]
-    recipe: Recipe = field(default_factory=lambda: Recipe(prune="sampled"))
-    at: float = 1.0
+def find_by_rule(curves, share=0.99):
+    """curves: what each rule keeps at a density. -> the recipe and the report on it."""
+    return retain_module.find_recipe(
+        lambda recipe: right(curves[recipe.prune](recipe.density)),
+        Yardstick("accuracy", right(0), right(1)),
+        Recipe(prune="sampled"),
+        tuple(curves),
+        share,
+    )
 
 
-class FakeFitness:
-    """Half of 1,000 examples are right at density 1, none at 0, in between as the curve says."""
-
-    name, model = "accuracy", None
-
-    def __init__(self, pruner: FakePruner) -> None:
-        self.pruner = pruner
-
-    def measure(self) -> Measured:
-        at, right = self.pruner.at, 500
-        if at == 0:
-            right = 0
-        elif at < 1:
-            right = round(500 * self.pruner.curve(at))
-        values = np.zeros(1000)
-        values[:right] = 1
-        return Measured(values, np.ones(1000, np.int64))
-
-
-@pytest.fixture
-def find(monkeypatch):
-    monkeypatch.setattr(retain_module, "LiveModel", FakeLive)
-
-    def run(curve, share=0.99):
-        pruner = FakePruner(curve)
-        quality = retain_module.find_density(pruner, FakeFitness(pruner), share)
-        assert pruner.recipe.density == quality.density
-        return quality
-
-    return run
+def find(curve, share=0.99):
+    recipe, quality = find_by_rule({"sampled": curve}, share)
+    assert recipe.density == quality.density
+    return quality
 
 
 class TestSearch:
     """Against curves whose answer is known."""
 
     @pytest.mark.parametrize("edge", [0.4, 0.1, 0.0123, 0.0005])
-    def test_finds_the_edge_of_a_step(self, find, edge):
+    def test_finds_the_edge_of_a_step(self, edge):
         quality = find(lambda d: 1.0 if d >= edge else 0.5)
         # Three factors of sqrt(2), the last one halved twice: at most a fourth root of it off.
         assert edge <= quality.density <= edge * retain_module.STEP ** (1 / 4) * 1.0001
         assert quality.retained == 1
         assert len(quality.trials) < 30
 
-    def test_a_dip_does_not_stop_it(self, find):
+    def test_a_dip_does_not_stop_it(self):
         steps = [0.5 / retain_module.STEP**k for k in range(12)]
         quality = find(lambda d: 0.9 if d == steps[3] or d < steps[8] * 0.999 else 1.0)
         assert quality.density <= steps[8] * 1.0001
 
-    def test_a_lucky_draw_far_down_is_not_believed(self, find):
+    def test_a_lucky_draw_far_down_is_not_believed(self):
         steps = [0.5 / retain_module.STEP**k for k in range(12)]
         quality = find(lambda d: 1.0 if d >= 0.05 or d == steps[11] else 0.8)
         assert 0.05 <= quality.density < 0.06
 
-    def test_what_cannot_be_kept(self, find):
+    def test_what_cannot_be_kept(self):
         with pytest.raises(RetainError, match=r"density 0.5 keeps 90.00% .* not 99.00%"):
             find(lambda d: 0.9)
 
-    def test_a_model_that_needs_nothing(self, find):
+    def test_a_model_that_needs_nothing(self):
         quality = find(lambda d: 1.0)
         assert quality.density < 2e-5
 
-    def test_a_broken_candidate_is_a_failure(self, find):
+    def test_a_broken_candidate_is_a_failure(self):
         quality = find(lambda d: 1.0 if d >= 0.1 else 0.0)
         assert quality.density >= 0.1
 
@@ -175,7 +146,12 @@ class TestPack:
         base, tuned, calibration = classifier_pair
         out = tmp_path / "t.nps"
         report = nps_compress.pack(
-            base, tuned, out, retain=0.9, calibration=calibration, fitness="agreement"
+            base,
+            tuned,
+            out,
+            retain=0.9,
+            calibration=calibration,
+            search=SearchOptions(fitness="agreement"),
         )
         quality = report.quality
         assert quality is not None
@@ -201,7 +177,12 @@ class TestPack:
         base, tuned, calibration = causal_pair
         assert natural_metric(tuned, read_examples(calibration)) == "loss"
         report = nps_compress.pack(  # not by loss: the tiny fine-tune is random, and no better
-            base, tuned, tmp_path / "t", retain=0.5, calibration=calibration, fitness="agreement"
+            base,
+            tuned,
+            tmp_path / "t",
+            retain=0.5,
+            calibration=calibration,
+            search=SearchOptions(fitness="agreement"),
         )
         assert report.quality
         assert report.quality.finetuned == 1
@@ -239,7 +220,12 @@ class TestPack:
                 )
         with pytest.raises(InvalidArgumentError, match="fitness must be one of kl"):
             nps_compress.pack(
-                base, tuned, tmp_path / "t", retain=0.9, calibration=calibration, fitness="bleu"
+                base,
+                tuned,
+                tmp_path / "t",
+                retain=0.9,
+                calibration=calibration,
+                search=SearchOptions(fitness="bleu"),
             )
         with pytest.raises(InvalidArgumentError, match="with calibration data"):
             nps_compress.pack(*tiny, tmp_path / "t", retain=0.9)
@@ -253,7 +239,7 @@ class TestPack:
 
         done = run("--calibration", calibration, "--fitness", "agreement")
         assert done.exit_code == 0, done.output
-        assert "kept at density" in done.stdout
+        assert re.search(r"kept by --prune (sampled|magnitude) at density", done.stdout)
         assert "on other data of this kind expect" in done.stdout
         assert "are too few to promise 90.00%" in done.stderr
         done = run("--calibration", calibration, "--fitness", "agreement", "--force", "--json")
