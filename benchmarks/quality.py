@@ -20,7 +20,6 @@ How a search got there is in results/search.csv: the best fitness after each gen
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import statistics
 import tempfile
@@ -267,7 +266,7 @@ class Judge:
 
 def measure(name: str, full: bool, seeds: range, environment: Mapping[str, str]) -> None:
     task = tasks.build(name)
-    done = {(r["task"], r["method"], r["setting"], r["seed"]) for r in read(RESULT)}
+    done = {(r["task"], r["method"], r["setting"], r["seed"]) for r in rows.read(RESULT)}
     pair_ = Pair.of(task)
     judge = Judge(pair_)
     for method, setting, seeded, run in methods(full):
@@ -297,8 +296,9 @@ def measure(name: str, full: bool, seeds: range, environment: Mapping[str, str])
                 **environment,
             }
             if packed.search:
-                append(SEARCHES, SEARCH_FIELDS, _history(key, packed.search))
-            append(RESULT, FIELDS, [row])
+                for step in _history(key, packed.search):
+                    rows.append(SEARCHES, SEARCH_FIELDS, step)
+            rows.append(RESULT, FIELDS, row)
             print(
                 f"{name:9} {method:33} {setting:13} {packed.bits_per_param:7.3f} bits "
                 f"{found:8.4f}  {row['retained']:>7}  kl {row['kl']}",
@@ -324,24 +324,6 @@ def _history(key: Mapping[str, object], search: Mapping[str, Any]) -> list[dict[
     ]
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    """The rows measured so far."""
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as stream:
-        return list(csv.DictReader(stream))
-
-
-def append(path: Path, fields: Sequence[str], found: Sequence[Mapping[str, object]]) -> None:
-    new = not path.exists()
-    path.parent.mkdir(exist_ok=True)
-    with path.open("a", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, fields, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(found)
-
-
 def plot(path: Path) -> None:
     """Retained share against bits: a panel a task, a line a method, the mean over its seeds.
 
@@ -349,7 +331,7 @@ def plot(path: Path) -> None:
     """
     from matplotlib import pyplot
 
-    found = read(RESULT)
+    found = rows.read(RESULT)
     names = list(dict.fromkeys(row["task"] for row in found))
     methods_seen = list(dict.fromkeys(row["method"] for row in found))
     looks = _looks(methods_seen)
@@ -395,7 +377,7 @@ def plot_searches(path: Path) -> None:
     """How near a search came to its end, against evaluations: a panel a task and density."""
     from matplotlib import pyplot
 
-    found = read(SEARCHES)
+    found = rows.read(SEARCHES)
     cells = list(dict.fromkeys((row["task"], row["setting"]) for row in found))
     methods_seen = list(dict.fromkeys(row["method"] for row in found))
     looks = _looks(methods_seen)
@@ -459,10 +441,10 @@ def main() -> None:
     environment = rows.environment()
     for name in () if arguments.plot else arguments.task or tasks.names():
         measure(name, arguments.full, range(3 if arguments.full else 1), environment)
-    if read(RESULT):
+    if rows.read(RESULT):
         plot(RESULT.with_suffix(".png"))
         print(f"rows in {RESULT}, picture beside")
-    if read(SEARCHES):
+    if rows.read(SEARCHES):
         plot_searches(SEARCHES.with_suffix(".png"))
         print(f"searches in {SEARCHES}, picture beside")
 
