@@ -238,7 +238,7 @@ def pack(
     others = {"calibration", "recipe_path", "retain"}
     _refuse_together(ctx, "--lossless", lossless, {*options, *others})
     _refuse_together(ctx, "--recipe", recipe_path, {*options, "retain"})
-    _refuse_together(ctx, "--retain", retain is not None, {"density", *searched})
+    _refuse_together(ctx, "--retain", retain is not None, {"density"})
     if calibration is None:
         for option in _given(ctx, {"fitness", "importance", "retain", *searched}):
             raise click.UsageError(f"{option} needs --calibration")
@@ -254,7 +254,7 @@ def pack(
             rules = (options["prune"],)
         else:
             options["prune"] = "sampled"
-        recipe = _recipe(options, searched=False)
+        recipe = _recipe(options, searched=True)
     elif not lossless:
         recipe = _recipe(options, searched=calibration is not None and options["generations"] > 0)
     report = run(
@@ -573,7 +573,7 @@ def _recipe(options: dict[str, Any], searched: bool) -> Recipe:
 def _search_options(options: dict[str, Any]) -> SearchOptions:
     from nps_compress.searching import SearchOptions
 
-    names = ("fitness", "generations", "population", "draws", "workers")
+    names = ("cuts", "fitness", "generations", "population", "draws", "workers")
     genes = tuple(gene.strip() for gene in options["genes"].split(",") if gene.strip())
     return SearchOptions(genes=genes, **{name: options[name] for name in names})
 

@@ -32,6 +32,7 @@ from nps_compress.searching import (
     SearchJob,
     SearchOptions,
     counted,
+    delete,
     input_files,
     memory_budget,
 )
@@ -111,16 +112,17 @@ def pack(
     if lossless and (recipe is not None or calibration is not None or retain is not None):
         raise InvalidArgumentError("lossless", True, "used without recipe, calibration and retain")
     options = search or SearchOptions()
-    job, asked, examples = None, None, None
+    job: SearchJob | None = None
     if retain is not None:
         if calibration is None:
             raise InvalidArgumentError("retain", retain, "used with calibration data")
-        asked = RetainJob(Path(calibration), options.fitness, retain, rules or RETAIN_RULES)
-        examples, recipe = asked.examples, recipe or Recipe(prune="sampled")
+        job = RetainJob(Path(calibration), options, out, retain, rules or RETAIN_RULES)
+        recipe = recipe or Recipe.with_subspaces(8, "tail", prune="sampled")
     elif calibration is not None and options.generations:
         job = SearchJob(Path(calibration), options, out)
-        examples, recipe = job.examples, recipe or Recipe.with_subspaces(8, "tail")
-    elif calibration is not None:
+        recipe = recipe or Recipe.with_subspaces(8, "tail")
+    examples = job.examples if job else None
+    if calibration is not None and examples is None:
         from nps_compress.calibration import read_examples
 
         examples = read_examples(Path(calibration))
@@ -133,12 +135,10 @@ def pack(
     quality = None
     if pruner and job:
         quality = job.run(pruner, progress)
-    if pruner and asked:
-        quality = asked.run(pruner, progress)
     metadata = quality.to_metadata() if quality else {}
     report = write(pair_, pruner, out, metadata, force, progress)
     if job:
-        job.state.unlink(missing_ok=True)
+        delete(job.states)
     return replace(report, quality=quality)
 
 

@@ -19,9 +19,9 @@ from nps_compress.candidates import Pruner
 from nps_compress.checkpoint import Pair, content_digest, open_checkpoint, pair
 from nps_compress.errors import CheckpointError, InvalidArgumentError
 from nps_compress.genotype import Genes, Genotype, check_genes
-from nps_compress.prune import Rule
+from nps_compress.prune import Cuts, Rule, top_shares
 from nps_compress.recipe import Recipe
-from nps_compress.report import Quality, task_of
+from nps_compress.report import Quality, Trial, task_of
 from nps_compress.search import (
     GENERATIONS,
     Factors,
@@ -43,16 +43,19 @@ MAX_DRAWS, MAX_WORKERS = 1000, 64
 class SearchOptions:
     """How a recipe's factors are searched.
 
-    ``genes``: which of them (see genotype.py). ``fitness``: None for ``kl``, or ``embedding``
-    where the model predicts no classes. ``population``: None for CMA-ES's default. ``draws``: seeds
-    of which the best is taken before the factors are searched. ``workers``: candidates in work at
-    once, None for one a GPU, or one on the CPU; ``generations`` 0: nothing is searched.
+    ``genes``: which of them (see genotype.py). ``cuts``: of the subspaces where a share of quality
+    is asked for and the density changes; else the recipe says. ``fitness``: None for ``kl``, or
+    ``embedding`` where the model predicts no classes. ``generations`` 0: nothing is searched.
+    ``population``: None for CMA-ES's default. ``draws``: seeds of which the best is taken before
+    the factors are searched. ``workers``: candidates in work at once, None for one a GPU, or one on
+    the CPU.
 
     Raises:
         InvalidArgumentError: an option is out of range or unknown.
     """
 
     genes: tuple[str, ...] = ("subspaces",)
+    cuts: Cuts = "tail"
     fitness: str | None = None
     generations: int = GENERATIONS
     population: int | None = None
@@ -96,7 +99,7 @@ def search_recipe(
     pruner = counted(pair_, recipe, job.examples, calibration, progress)
     job.run(pruner, progress)
     pruner.recipe.write(out, force)
-    job.state.unlink(missing_ok=True)
+    delete(job.states)
     return pruner.recipe
 
 
@@ -136,52 +139,11 @@ def counted(
     return pruner
 
 
-class RetainJob:
-    """A share of quality that is asked for: its data is read before anything slow begins.
-
-    ``rules``: those that are tried. metric: None for what people judge such a model by.
-    """
-
-    def __init__(
-        self,
-        calibration: Path,
-        metric: str | None,
-        share: float,
-        rules: Sequence[Rule],
-    ) -> None:
-        from nps_compress.calibration import read_examples
-        from nps_compress.fitness import check_fitness
-        from nps_compress.retain import check_retain
-
-        check_retain(share)
-        if metric is not None:
-            check_fitness(metric)
-        self.examples = read_examples(calibration)
-        self._calibration, self._metric, self._share = calibration, metric, share
-        self._rules = rules
-
-    def run(self, pruner: Pruner, progress: bool) -> Quality:
-        """Set the pruner's recipe; returns what it keeps."""
-        from nps_compress.evaluator import Evaluator
-        from nps_compress.fitness import natural_metric
-        from nps_compress.retain import find_recipe
-
-        metric = self._metric or natural_metric(pruner.pair.finetuned.path, self.examples)
-        evaluator = Evaluator(pruner, self.examples, metric, self._calibration, workers=1)
-        with bar(None, "trying densities", "trial", progress) as advance:
-            pruner.recipe, quality = find_recipe(
-                evaluator.measure,
-                evaluator.yardstick,
-                pruner.recipe,
-                self._rules,
-                self._share,
-                lambda t: advance(f"{t.prune} at density {t.density:.3g} keeps {t.retained:.2%}"),
-            )
-        return _bound(quality, pruner, self.examples)
-
-
 class SearchJob:
-    """A search that is asked for: its data is read before anything slow begins."""
+    """A search that is asked for: its data is read before anything slow begins.
+
+    ``states``: files that are kept until the search has ended, and may then be deleted.
+    """
 
     def __init__(self, calibration: Path, options: SearchOptions, out: Path) -> None:
         from nps_compress.calibration import read_examples
@@ -190,8 +152,8 @@ class SearchJob:
         if options.fitness is not None:
             check_fitness(options.fitness)
         self.examples = read_examples(calibration)
-        self._calibration, self._options = calibration, options
-        self.state = out.with_name(out.name + ".search.json")  # kept while the search runs
+        self.states: list[Path] = []
+        self._calibration, self._options, self._out = calibration, options, out
 
     def run(self, pruner: Pruner, progress: bool) -> Quality:
         """Set the pruner's recipe to the best that is found; returns what it keeps.
@@ -199,16 +161,33 @@ class SearchJob:
         Raises:
             SearchInterruptedError, RecipeError: see search.search.
         """
-        from nps_compress.calibration import data_digest
+        evaluator = self._evaluator(pruner)
+        self._search(pruner, evaluator, "", progress)
+        quality = evaluator.yardstick.report(
+            evaluator.measure(pruner.recipe),
+            density=pruner.recipe.density,
+            seed=pruner.recipe.seed,
+            evaluations=pruner.recipe.search["evaluations"],
+        )
+        return self._bound(quality, pruner)
+
+    def _evaluator(self, pruner: Pruner) -> Evaluator:
         from nps_compress.evaluator import Evaluator
         from nps_compress.fitness import label_free_fitness
 
         options, folder = self._options, pruner.pair.finetuned.path
         metric = options.fitness or label_free_fitness(folder, self.examples)
-        evaluator = Evaluator(pruner, self.examples, metric, self._calibration, options.workers)
+        return Evaluator(pruner, self.examples, metric, self._calibration, options.workers)
+
+    def _search(self, pruner: Pruner, evaluator: Evaluator, name: str, progress: bool) -> None:
+        """Set the pruner's recipe to the best that is found from it. name: of the state."""
+        from nps_compress.calibration import data_digest
+
+        options, metric = self._options, evaluator.yardstick.metric
         finetuned = evaluator.yardstick.finetuned.score
         if not math.isfinite(finetuned):
-            raise CheckpointError(folder, f"has a {metric} of {finetuned} on the calibration data")
+            what = f"has a {metric} of {finetuned} on the calibration data"
+            raise CheckpointError(pruner.pair.finetuned.path, what)
         genes = check_genes(options.genes)
         hunt = _Hunt(pruner, evaluator, genes, options.draws)
         dimensions = len(hunt.genotype.names)
@@ -223,7 +202,10 @@ class SearchJob:
             "finetuned": content_digest(pruner.pair.finetuned),
             "calibration": data_digest(self.examples),
         }
-        with bar(total, "searching", "candidate", progress) as advance:
+        state = self._out.with_name(f"{self._out.name}{name}.search.json")
+        self.states.append(state)
+        what = f"searching at density {pruner.recipe.density:.3g}"
+        with bar(total, what, "candidate", progress) as advance:
             hunt.on_share = lambda share: advance(steps=share)
 
             def show(now: Progress) -> None:
@@ -238,7 +220,7 @@ class SearchJob:
                 options.generations,
                 options.population,
                 seed=pruner.recipe.seed,
-                state=self.state,
+                state=state,
                 identity=identity,
                 on_generation=show,
             )
@@ -258,13 +240,83 @@ class SearchJob:
         }
         best = hunt.genotype.express(result.factors)
         pruner.recipe = replace(best, seed=result.kept["seed"], search=found)
-        quality = evaluator.yardstick.report(
-            evaluator.measure(pruner.recipe),
-            density=pruner.recipe.density,
-            seed=pruner.recipe.seed,
-            evaluations=found["evaluations"],
-        )
-        return _bound(quality, pruner, self.examples)
+
+    def _bound(self, quality: Quality, pruner: Pruner) -> Quality:
+        """The report with what ties it to the model and the data."""
+        from nps_compress.calibration import data_digest
+
+        digest = data_digest(self.examples)
+        return replace(quality, task=task_of(pruner.pair.finetuned), data_sha256=digest)
+
+
+class RetainJob(SearchJob):
+    """A share of quality that is asked for.
+
+    ``rules``: those that are tried. ``options.fitness`` is what a share is kept of, None for what
+    people judge such a model by; searches maximise what needs no labels.
+    """
+
+    def __init__(
+        self,
+        calibration: Path,
+        options: SearchOptions,
+        out: Path,
+        share: float,
+        rules: Sequence[Rule],
+    ) -> None:
+        from nps_compress.retain import check_retain
+
+        check_retain(share)
+        super().__init__(calibration, options, out)
+        self._metric, self._share, self._rules = options.fitness, share, rules
+        self._options = replace(options, fitness=None)
+
+    def run(self, pruner: Pruner, progress: bool) -> Quality:
+        """Set the pruner's recipe to the smallest that keeps the share; returns what it keeps.
+
+        First the least density without a search, by the best of the rules; then, density by
+        density, what a search can still reach below it.
+        """
+        from nps_compress.evaluator import Evaluator
+        from nps_compress.fitness import natural_metric
+        from nps_compress.retain import STEP, find_recipe
+
+        metric = self._metric or natural_metric(pruner.pair.finetuned.path, self.examples)
+        evaluator = Evaluator(pruner, self.examples, metric, self._calibration, workers=1)
+        wanted = pruner.recipe
+        with bar(None, "trying densities", "trial", progress) as advance:
+            recipe, quality = find_recipe(
+                evaluator.measure,
+                evaluator.yardstick,
+                replace(wanted, top_shares=(), coefficients=(1.0,)),
+                self._rules,
+                self._share,
+                lambda t: advance(f"{t.prune} at density {t.density:.3g} keeps {t.retained:.2%}"),
+            )
+        searcher = self._evaluator(pruner) if self._options.generations else None
+        while searcher:
+            density = recipe.density / STEP
+            pruner.recipe = replace(
+                recipe,
+                density=density,
+                top_shares=top_shares(len(wanted.coefficients), density, self._options.cuts),
+                coefficients=recipe.coefficients if recipe.search else wanted.coefficients,
+            )
+            self._search(pruner, searcher, f".{density:.6g}", progress)
+            found = evaluator.measure(pruner.recipe)
+            trial = Trial(density, evaluator.yardstick.share(found), recipe.prune)
+            quality = replace(
+                quality,
+                trials=(*quality.trials, trial),
+                evaluations=(quality.evaluations or 0) + pruner.recipe.search["evaluations"],
+            )
+            if trial.retained < self._share:
+                break
+            recipe = pruner.recipe
+            told = {name: getattr(quality, name) for name in ("target", "trials", "evaluations")}
+            quality = evaluator.yardstick.report(found, density=density, seed=recipe.seed, **told)
+        pruner.recipe = recipe
+        return self._bound(quality, pruner)
 
 
 class _Hunt:
@@ -319,11 +371,10 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _bound(quality: Quality, pruner: Pruner, examples: Sequence[Example]) -> Quality:
-    """The report with what ties it to the model and the data."""
-    from nps_compress.calibration import data_digest
-
-    return replace(quality, task=task_of(pruner.pair.finetuned), data_sha256=data_digest(examples))
+def delete(states: Sequence[Path]) -> None:
+    """Remove the states of searches whose results are written."""
+    for state in states:
+        state.unlink(missing_ok=True)
 
 
 def memory_budget(pair_: Pair) -> int:
