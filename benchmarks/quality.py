@@ -233,9 +233,9 @@ class Judge:
 
     def __init__(self, pair_: Pair) -> None:
         self._pair, self._model = pair_, tasks.load_model(pair_.task, pair_.task.finetuned)
-        self._batches = tasks.test_batches(pair_.task)[:KL_BATCHES]
+        self._batches = tasks.batches(pair_.task)[:KL_BATCHES]
         self.finetuned = self.score(pair_.tuned)
-        self._said = [self._log_shares(batch) for batch in self._batches]
+        self._said = [log_shares(self._model, batch) for batch in self._batches]
         self.base = self.score({**pair_.tuned, **pair_.base})
 
     def score(self, weights: Mapping[str, torch.Tensor]) -> float:
@@ -252,16 +252,18 @@ class Judge:
         """Of the weights scored last."""
         total, count = 0.0, 0
         for batch, said in zip(self._batches, self._said, strict=True):
-            found = self._log_shares(batch)
+            found = log_shares(self._model, batch)
             total += float((said.exp() * (said - found)).sum())
             count += len(said)
         return total / count
 
-    @torch.inference_mode()
-    def _log_shares(self, batch: Batch) -> torch.Tensor:
-        inputs, targets = batch
-        logits = self._model(**inputs).logits.float().flatten(0, -2)
-        return torch.log_softmax(logits[targets.flatten() != IGNORED], -1)
+
+@torch.inference_mode()
+def log_shares(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """Of the classes, of all predictions that have a target. -> [predictions, classes]."""
+    inputs, targets = batch
+    logits = model(**inputs).logits.float().flatten(0, -2)
+    return torch.log_softmax(logits[targets.flatten() != IGNORED], -1)
 
 
 def measure(name: str, full: bool, seeds: range, environment: Mapping[str, str]) -> None:

@@ -184,14 +184,14 @@ def evaluate_model(task: Task, model: torch.nn.Module) -> float:
 
 def measures(task: Task, model: torch.nn.Module) -> dict[str, float]:
     """``accuracy`` and ``loss`` on the test set."""
-    return TRAINERS[task.kind].measures(model, test_batches(task))
+    return TRAINERS[task.kind].measures(model, batches(task))
 
 
-def test_batches(task: Task) -> list[Batch]:
-    """The test set as the model takes it."""
+def batches(task: Task, part: str = "test") -> list[Batch]:
+    """A part of the data as the model takes it; it is kept in memory."""
     made = (task.finetuned, task.finetuned.with_name("data"))
     stamp = "".join(_made_from(path).read_text() for path in made)
-    return _test_batches(task, stamp)
+    return _batches(task, part, stamp)
 
 
 def base_model(task: Task) -> torch.nn.Module:
@@ -308,8 +308,8 @@ def _save_minilm(folder: Path) -> None:
 
 
 @functools.cache
-def _test_batches(task: Task, stamp: str) -> list[Batch]:
-    rows = _read_rows(task.calibration.with_name("test.jsonl"))
+def _batches(task: Task, part: str, stamp: str) -> list[Batch]:
+    rows = _read_rows(task.calibration.with_name(f"{part}.jsonl"))
     return TRAINERS[task.kind].batches(task.finetuned, rows)
 
 
