@@ -9,7 +9,7 @@ search ever sorts the weights.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -69,6 +69,8 @@ class Ranking:
     counts: npt.NDArray[np.int64]
     sums: npt.NDArray[np.float64]
     zeros: int
+    # A search asks for the same edges again and again.
+    _edges: dict[tuple[float, ...], tuple[int, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, histograms: Sequence[Histogram]) -> Ranking:
@@ -92,10 +94,14 @@ class Ranking:
         is at least as large. Returns one key per share, ascending: the first key of subspaces 1 to
         len(top_shares); subspace 0 holds the smallest scores.
         """
-        at_least = self.numel - self.counts.sum(0)[:-1]  # [KEYS]: elements with this key or above
-        wanted = np.array(top_shares) * self.numel
-        # The number of keys whose tail still holds more than wanted is the first that does not.
-        return tuple(int(np.count_nonzero(at_least > count)) for count in wanted)
+        shares = tuple(top_shares)
+        if shares not in self._edges:
+            at_least = self.numel - self.counts.sum(0)[:-1]  # [KEYS]: of this key or above
+            wanted = np.array(shares) * self.numel
+            # The number of keys whose tail holds more than wanted is the first that does not.
+            edges = [int(np.count_nonzero(at_least > count)) for count in wanted]
+            self._edges[shares] = tuple(edges)
+        return self._edges[shares]
 
 
 def keys_of(magnitudes: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
