@@ -304,7 +304,7 @@ def search(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Search the subspace coefficients alone; the recipe feeds `pack --recipe`.
+    """Search the factors alone; the recipe feeds `pack --recipe`.
 
     Every evaluation is saved beside the output: after Ctrl-C the same command goes on.
 

@@ -101,6 +101,60 @@ def test_options_reach_the_file(tiny, tmp_path):
     assert (recipe["prune"], recipe["scope"], recipe["seed"]) == ("sampled", "tensor", 5)
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--prune", "random", "--density", 0.1), ("random", 0, False)),
+        (("--prune", "sampled", "--eligible", 4), ("sampled", 4, False)),
+        (("--prune", "sampled", "--grid", "--density", 0.5), ("sampled", 0, True)),
+        (
+            ("--prune", "sampled", "--grid", "--eligible", 2, "--scope", "tensor"),
+            ("sampled", 2, True),
+        ),
+    ],
+)
+def test_rules_end_to_end(tiny, tmp_path, options, expected):
+    task = tmp_path / "t.nps"
+    ok("pack", *tiny, "-o", task, *options)
+    assert "ok" in ok("verify", tiny[0], task)
+    recipe = json.loads(nps_compress.inspect(task)["metadata"]["recipe"])
+    assert (recipe["prune"], recipe["eligible"], recipe["grid"]) == expected
+    (tmp_path / "r.json").write_text(json.dumps(recipe))
+    ok("pack", *tiny, "-o", tmp_path / "u.nps", "--recipe", tmp_path / "r.json")
+    assert (tmp_path / "u.nps").read_bytes() == task.read_bytes()
+    assert "recipe:" in ok("inspect", task)
+
+
+def test_a_search_of_groups_and_draws(classifier_pair, tmp_path, monkeypatch):
+    from nps_compress import groups
+
+    monkeypatch.setattr(groups, "SMALL", 64)
+    base, tuned, calibration = classifier_pair
+    task, found = tmp_path / "t.nps", tmp_path / "r.json"
+    options = (
+        *("--calibration", calibration, "--genes", "groups,group-density", "--draws", 3),
+        *("--generations", 1, "--population", 2, "--workers", 2),
+        *("--prune", "sampled", "--eligible", 4, "--density", 0.1),
+    )
+    text = ok("pack", base, tuned, "-o", task, *options)
+    assert "in 5 evaluations" in text
+    assert "ok" in ok("verify", base, task)
+    recipe = json.loads(nps_compress.inspect(task)["metadata"]["recipe"])
+    names = {"embedding", "attention", "mlp", "small"}
+    assert names <= set(recipe["group_coefficients"])
+    assert recipe["group_coefficients"].keys() == recipe["group_densities"].keys()
+    assert recipe["seed"] in (0, 1, 2)
+    assert (recipe["prune"], recipe["eligible"]) == ("sampled", 4)
+    genes = recipe["search"]["genes"]
+    assert {"attention", "density of attention"} <= set(genes)
+    text = ok("search", base, tuned, "-o", found, *options)
+    assert "density of attention" in text
+    assert {**json.loads(found.read_text()), "nps_recipe": 1} == recipe
+    ok("pack", base, tuned, "-o", tmp_path / "u.nps", "--recipe", found)
+    same = [nps_compress.inspect(path)["content_sha256"] for path in (task, tmp_path / "u.nps")]
+    assert same[0] == same[1]
+
+
 def test_recipe_feeds_pack(tiny, tmp_path):
     recipe = nps_compress.Recipe(prune="sampled", density=0.3)
     recipe.write(tmp_path / "r.json")
@@ -202,6 +256,39 @@ class TestBadInput:
         for option in (("--population", 0), ("--generations", -1), ("--seed", -1)):
             line = fails(*call, "--calibration", _calibration(tmp_path), *option)
             assert f"received {option[1]}" in line
+
+    def test_options_of_a_search(self, tiny, tmp_path):
+        call = ("pack", *tiny, "-o", tmp_path / "t.nps")
+        for option in (("--genes", "groups"), ("--draws", 2), ("--workers", 2), ("--retain", 0.9)):
+            assert f"{option[0]} needs --calibration" in fails(*call, *option, code=2)
+        searched = (*call, "--calibration", _calibration(tmp_path))
+        for option, said in (
+            (("--genes", "layers"), "genes must be some of subspaces, subspace-density, groups"),
+            (("--genes", "groups,,heads"), "received 'heads'"),
+            (("--genes", ","), "genes must be some of"),
+            (("--draws", 0), "draws must be from 1 to 1000, received 0"),
+            (("--workers", 0), "workers must be from 1 to 64, received 0"),
+            (("--fitness", "bleu"), "fitness must be one of kl"),
+        ):
+            for command in (searched, ("search", *searched[1:])):
+                assert said in fails(*command, *option)
+        assert "is not a valid integer" in fails(*searched, "--draws", "two", code=2)
+        for option in (("--genes", "groups"), ("--draws", 2), ("--workers", 2)):
+            line = fails(*searched, "--retain", 0.9, *option, code=2)
+            assert f"{option[0]} can't be used with --retain" in line
+        assert not list(tmp_path.glob("t.nps*"))
+
+    def test_options_of_a_rule(self, tiny, tmp_path):
+        call = ("pack", *tiny, "-o", tmp_path / "t.nps")
+        for option in (("--eligible", 4), ("--grid",)):
+            for rule in ("magnitude", "random"):
+                line = fails(*call, "--prune", rule, *option)
+                assert "prune must be sampled with eligible or grid" in line
+        for value in (-1, 0.5, "nan", "inf"):
+            line = fails(*call, "--prune", "sampled", "--eligible", value)
+            assert "eligible must be" in line
+        assert "is not one of" in fails(*call, "--prune", "dare", code=2)
+        assert not (tmp_path / "t.nps").exists()
 
     def test_terminal_escapes_stay_out_of_messages(self, tiny, tmp_path):
         base, tuned = tiny

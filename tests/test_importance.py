@@ -6,15 +6,18 @@ import json
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file
 
 import nps_compress
 from nps_compress import InvalidArgumentError, Recipe, SearchOptions
+from nps_compress import importance as importance_module
 from nps_compress.calibration import read_examples
 from nps_compress.cli import main
 from nps_compress.dtypes import BY_NAME
-from nps_compress.importance import DAMPING, POWER, fisher
+from nps_compress.importance import DAMPING, POWER, activation, fisher, measure_importance
 from nps_compress.models import load_model
 from nps_compress.prune import plan, prune, tensor_seed
 from nps_compress.task_vector import Histogram, Ranking
@@ -55,6 +58,128 @@ def test_causal_models_have_one_draw_a_token(causal_pair):
     assert head.max() > 2 * head.min()
     again = fisher(tuned, read_examples(calibration))
     assert all(np.array_equal(found[name], again[name]) for name in found)
+
+
+def factors(squares):
+    """As the module rounds them, of squares whose mean is known by hand."""
+    relative = squares.double() / squares.double().mean() + DAMPING
+    return torch.exp2(torch.round(2 * POWER * torch.log2(relative)) / 2).float().reshape(-1).numpy()
+
+
+def inputs_of(loaded, module, examples):
+    """What a module is given, example by example, from outside of it."""
+    found = []
+    hook = module.register_forward_hook(lambda m, inputs, _: found.append(inputs[0].detach()))
+    for encoded in loaded.encode(examples, "test", labelled=False):
+        loaded.logits(loaded.collate([encoded]))
+    hook.remove()
+    return found
+
+
+class TestActivation:
+    def test_linear_and_embedding(self, classifier_pair):
+        _, tuned, calibration = classifier_pair
+        rows = read_examples(calibration)
+        done = []
+        found = activation(tuned, rows, lambda: done.append(1))
+        assert len(done) == len(rows)
+        loaded = load_model(tuned)
+        stored = load_file(tuned / "model.safetensors")
+        assert set(stored) <= set(found)
+        assert all(found[name].size == stored[name].numel() for name in stored)
+        with torch.no_grad():
+            for name in ("bert.encoder.layer.1.output.dense", "classifier"):
+                module = loaded.model.get_submodule(name)
+                given = torch.cat(
+                    [x.reshape(-1, x.shape[-1]) for x in inputs_of(loaded, module, rows)]
+                )
+                each = given.square().sum(0).expand(module.weight.shape)
+                assert np.array_equal(found[f"{name}.weight"], factors(each)), name
+                assert len(np.unique(found[f"{name}.weight"])) > 1
+                assert (found[f"{name}.bias"] == 1).all()
+        table = "bert.embeddings.word_embeddings"
+        tokens = [token for row in rows for token in loaded.processor(row.text)["input_ids"]]
+        counts = torch.bincount(torch.tensor(tokens), minlength=len(stored[f"{table}.weight"]))
+        each = counts[:, None].expand(-1, 32).float()
+        assert np.array_equal(found[f"{table}.weight"], factors(each))
+        assert (found["bert.embeddings.LayerNorm.weight"] == 1).all()
+
+    def test_convolution(self, tmp_path):
+        folder = tiny_models.build("image", tmp_path / "m")
+        examples = tiny_models.examples_of("image", folder)
+        found = activation(folder, examples)
+        loaded = load_model(folder)
+        name = "vit.embeddings.patch_embeddings.projection"
+        (module,) = (m for m in loaded.model.modules() if isinstance(m, torch.nn.Conv2d))
+        pixels = torch.cat(inputs_of(loaded, module, examples))
+        each = pixels.square().sum((0, 2, 3))[None, :, None, None].expand(module.weight.shape)
+        assert np.array_equal(found[f"{name}.weight"], factors(each))
+        assert set(load_file(folder / "model.safetensors")) <= set(found)  # the names of the file
+
+    @pytest.mark.parametrize("groups", [1, 2])
+    def test_kernels_of_channels(self, groups):
+        """By hand: an input of channels 1, 2, 3 and 4, each a constant."""
+        module = torch.nn.Conv2d(4, 6, 3, groups=groups)
+        squares = {"w": torch.zeros(0)}
+        given = torch.arange(1.0, 5.0)[None, :, None, None].expand(2, 4, 5, 5)
+        hook = importance_module._adds_inputs(squares, "w")
+        hook(module, (given,), {})
+        hook(module, (), {"input": given})
+        each = importance_module._spread(module, module.weight, squares["w"])
+        wanted = torch.arange(1.0, 5.0).square() * 2 * 2 * 25
+        assert each.shape == module.weight.shape
+        for row in range(6):
+            mine = wanted if groups == 1 else wanted[2 * (row // 3) : 2 * (row // 3) + 2]
+            assert torch.equal(each[row], mine[:, None, None].expand(-1, 3, 3))
+
+    def test_transposed_weights_of_gpt2(self, causal_pair, tmp_path):
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        _, tuned, calibration = causal_pair
+        torch.manual_seed(0)
+        config = GPT2Config(vocab_size=18, n_positions=32, n_embd=16, n_layer=1, n_head=2)
+        GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt")
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (tmp_path / "gpt" / name).write_bytes((tuned / name).read_bytes())
+        rows = read_examples(calibration)
+        found = activation(tmp_path / "gpt", rows)
+        loaded = load_model(tmp_path / "gpt")
+        name = "transformer.h.0.mlp.c_fc"
+        module = loaded.model.get_submodule(name)
+        assert module.weight.shape == (16, 64)  # inputs come first
+        with torch.no_grad():
+            given = torch.cat([x.reshape(-1, 16) for x in inputs_of(loaded, module, rows)])
+        each = given.square().sum(0)[:, None].expand(16, 64)
+        assert np.array_equal(found[f"{name}.weight"], factors(each))
+        assert set(load_file(tmp_path / "gpt" / "model.safetensors")) <= set(found)
+
+    def test_by_name(self, classifier_pair):
+        _, tuned, calibration = classifier_pair
+        rows = read_examples(calibration)
+        assert measure_importance("magnitude", tuned, rows) == {}
+        for name, wanted in (
+            ("activation", activation(tuned, rows)),
+            ("fisher", fisher(tuned, rows, 5)),
+        ):
+            found = measure_importance(name, tuned, rows, 5)
+            assert found.keys() == wanted.keys()
+            assert all(np.array_equal(found[key], wanted[key]) for key in wanted)
+
+    def test_pack(self, classifier_pair, tmp_path):
+        base, tuned, calibration = classifier_pair
+        contents = set()
+        for importance in ("magnitude", "activation", "fisher"):
+            recipe = Recipe(prune="sampled", density=0.2, importance=importance)
+            out = tmp_path / f"{importance}.nps"
+            options = SearchOptions(generations=0)
+            nps_compress.pack(
+                base, tuned, out, recipe=recipe, calibration=calibration, search=options
+            )
+            nps_compress.verify(base, out)
+            found = nps_compress.inspect(out)
+            contents.add(found["content_sha256"])
+            assert json.loads(found["metadata"]["recipe"])["importance"] == importance
+        assert len(contents) == 3
 
 
 class TestPruning:

@@ -80,6 +80,100 @@ class TestSearch:
         assert quality.density >= 0.1
 
 
+class TestRules:
+    """The one that needs the least density is taken."""
+
+    @pytest.mark.parametrize("best", ["sampled", "magnitude"])
+    def test_both_are_tried(self, best):
+        edges = {"sampled": 0.1, "magnitude": 0.1, best: 0.02}
+        curves = {r: lambda d, e=e: 1.0 if d >= e else 0.5 for r, e in edges.items()}
+        recipe, quality = find_by_rule(curves)
+        assert recipe.prune == best
+        assert recipe.density == quality.density == pytest.approx(0.02, rel=0.1)
+        assert quality.evaluations == len(quality.trials)
+        by_rule = {r: [t for t in quality.trials if t.prune == r] for r in edges}
+        assert sum(map(len, by_rule.values())) == len(quality.trials)
+        for rule, trials in by_rule.items():
+            enough = [t.density for t in trials if t.retained >= 0.99]
+            assert min(enough) == pytest.approx(edges[rule], rel=0.1)
+        stored = json.loads(quality.to_metadata()["quality_trials"])
+        assert {rule for _, _, rule in stored} == {"sampled", "magnitude"}
+
+    def test_the_first_wins_a_tie_and_one_may_fail(self):
+        step = lambda d: 1.0 if d >= 0.1 else 0.5  # noqa: E731
+        assert find_by_rule({"magnitude": step, "sampled": step})[0].prune == "magnitude"
+        for lost in ("magnitude", "sampled"):
+            curves = {"magnitude": step, "sampled": step, lost: lambda d: 0.9}
+            assert find_by_rule(curves)[0].prune != lost
+        with pytest.raises(
+            RetainError, match=r"density 0\.5 keeps 90\.00% .*; pack with --lossless"
+        ):
+            find_by_rule(
+                {"magnitude": lambda d: 0.9 if d == 0.5 else 0.2, "sampled": lambda d: 0.4}
+            )
+
+    def test_what_belongs_to_one_rule_stays_with_it(self):
+        """eligible and grid say nothing to magnitude."""
+        asked = []
+
+        def measure(recipe):
+            asked.append(recipe)
+            return right(
+                1.0 if recipe.density >= (0.2 if recipe.prune == "sampled" else 0.1) else 0
+            )
+
+        recipe, _ = retain_module.find_recipe(
+            measure,
+            Yardstick("accuracy", right(0), right(1)),
+            Recipe(prune="sampled", eligible=4.0, grid=True, seed=3),
+            ("sampled", "magnitude"),
+            0.99,
+        )
+        assert (recipe.prune, recipe.eligible, recipe.grid, recipe.seed) == (
+            "magnitude",
+            0,
+            False,
+            3,
+        )
+        sampled = [recipe for recipe in asked if recipe.prune == "sampled"]
+        assert {(recipe.eligible, recipe.grid) for recipe in sampled} == {(4.0, True)}
+
+    @pytest.mark.parametrize("scores", [(0.5, 0.5), (0.5, 0.4), (0.5, math.nan)])
+    def test_nothing_gained(self, scores):
+        base, tuned = (Measured(np.full(2, s), np.ones(2, np.int64)) for s in scores)
+        with pytest.raises(RetainError, match="no better than its base"):
+            retain_module.find_recipe(
+                lambda recipe: pytest.fail("measured"),
+                Yardstick("accuracy", base, tuned),
+                Recipe(),
+                ("sampled",),
+                0.9,
+            )
+
+    def test_on_a_real_model(self, classifier_pair, tmp_path):
+        base, tuned, calibration = classifier_pair
+
+        def pack(name, rules):
+            return nps_compress.pack(
+                base,
+                tuned,
+                tmp_path / name,
+                retain=0.9,
+                calibration=calibration,
+                search=SearchOptions(fitness="agreement"),
+                rules=rules,
+            )
+
+        both, one, other = (
+            pack(*call) for call in (("a", ()), ("b", ("sampled",)), ("c", ("magnitude",)))
+        )
+        assert {t.prune for t in both.quality.trials} == {"sampled", "magnitude"}
+        assert both.quality.trials == one.quality.trials + other.quality.trials
+        least = min((one, other), key=lambda report: report.quality.density)
+        assert both.recipe == least.recipe
+        assert {t.prune for t in other.quality.trials} == {other.recipe.prune} == {"magnitude"}
+
+
 def test_interval_agrees_with_theory():
     """A packed model right on a random 95 % of what the fine-tune has right."""
     rng = np.random.default_rng(1)
