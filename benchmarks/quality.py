@@ -11,7 +11,8 @@ the bytes of the file, for a baseline its cost by formula and 16 bits for each e
 leaves alone (a new head). ``entropy_bits`` is what the same would cost if kept positions were coded
 at their entropy within each tensor (among those that are eligible) and each change as a sign, with
 what the rest of the file takes; it says nothing where values are not all one constant a tensor.
-``kl`` is the mean divergence from the fine-tune's own outputs on test data, in nats a prediction.
+``kl`` is the mean divergence from the fine-tune's own outputs on test data, in nats a prediction,
+``agreement`` the share of predictions (classes, next tokens) whose likeliest is the fine-tune's.
 ``cost`` counts passes over the calibration data.
 
 How a search got there is in results/search.csv: the best fitness after each generation.
@@ -43,7 +44,7 @@ RESULT = rows.RESULTS / "quality.csv"
 SEARCHES = rows.RESULTS / "search.csv"
 FIELDS = (
     *("task", "metric", "method", "setting", "seed", "bits_per_param", "entropy_bits", "score"),
-    *("retained", "kl", "base_score", "finetuned_score", "evaluations", "cost"),
+    *("retained", "kl", "agreement", "base_score", "finetuned_score", "evaluations", "cost"),
     *("machine", "versions", "commit"),
 )
 SEARCH_FIELDS = (
@@ -176,11 +177,16 @@ def methods(full: bool) -> Iterator[tuple[str, str, bool, Method]]:
         seeded = ours(prune="sampled", density=d, importance="fisher", eligible=4.0)
         yield "ours: sampled, fisher, eligible 4", at, True, seeded
     for d in (0.05, 0.01):
-        yield from _searches(d, every=full or d == 0.01)
+        yield from _searches(d, full or d == 0.01, full)
     for share in (0.99, 0.95) if full else (0.99,):
-        for name in ("magnitude", "fisher"):
-            method = ours(retain=share, prune="sampled", importance=name, eligible=4.0)
-            yield f"ours: --retain, {name}", f"retain {share}", True, method
+        at = f"retain {share}"
+        yield "ours: --retain", at, True, _retained(share, 0)
+        yield "ours: --retain, searched", at, True, _retained(share, 6)
+
+
+def _retained(share: float, generations: int) -> Method:
+    search = nps_compress.SearchOptions(generations=generations)
+    return ours(search, share, 8, prune="sampled", importance="fisher")
 
 
 def _baselines(densities: Sequence[float]) -> Iterator[tuple[str, str, bool, Method]]:
@@ -199,7 +205,7 @@ def _baselines(densities: Sequence[float]) -> Iterator[tuple[str, str, bool, Met
         yield "low rank", f"{bits} bits", False, rank
 
 
-def _searches(d: float, every: bool) -> Iterator[tuple[str, str, bool, Method]]:
+def _searches(d: float, every: bool, full: bool) -> Iterator[tuple[str, str, bool, Method]]:
     at = f"density {d}"
 
     def found(
@@ -211,16 +217,17 @@ def _searches(d: float, every: bool) -> Iterator[tuple[str, str, bool, Method]]:
         return ours(search=search, density=d, **options)  # type: ignore[arg-type]
 
     yield "NPS, equal subspaces (paper)", at, True, found(subspaces=8, cuts="equal")
-    yield "NPS, tail subspaces", at, True, found(subspaces=8)
     over = found(subspaces=8, prune="sampled", importance="fisher")
     yield "NPS over sampled, fisher", at, True, over
     if not every:
         return
-    yield "NPS, 1 subspace (global rescale)", at, True, found(subspaces=1)
+    yield "NPS, tail subspaces", at, True, found(subspaces=8)
     groups = found("groups,group-density", prune="sampled", importance="fisher")
     yield "NPS over sampled, fisher: groups", at, True, groups
     draws = found(draws=8, generations=1, prune="sampled", importance="fisher")
     yield "sampled, fisher: best of 8 seeds", at, True, draws
+    if full:
+        yield "NPS, 1 subspace (global rescale)", at, True, found(subspaces=1)
 
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -248,14 +255,15 @@ class Judge:
         floor = 0.0 if self._pair.task.higher_is_better else self.base
         return (score - floor) / (self.finetuned - floor)
 
-    def kl(self) -> float:
-        """Of the weights scored last."""
-        total, count = 0.0, 0
+    def compare(self) -> tuple[float, float]:
+        """The weights scored last with the fine-tune: divergence and agreement."""
+        total, agreed, count = 0.0, 0, 0
         for batch, said in zip(self._batches, self._said, strict=True):
             found = log_shares(self._model, batch)
             total += float((said.exp() * (said - found)).sum())
+            agreed += int((said.argmax(-1) == found.argmax(-1)).sum())
             count += len(said)
-        return total / count
+        return total / count, agreed / count
 
 
 @torch.inference_mode()
@@ -281,6 +289,7 @@ def measure(name: str, full: bool, seeds: range, environment: Mapping[str, str])
                 print(f"{name}: {method}: {error}", flush=True)
                 continue
             found = judge.score(packed.weights)
+            kl, agreement = judge.compare()
             entropy = packed.entropy_bits
             key = {"task": name, "method": method, "setting": setting, "seed": seed}
             row = {
@@ -290,7 +299,8 @@ def measure(name: str, full: bool, seeds: range, environment: Mapping[str, str])
                 "entropy_bits": "" if entropy is None else f"{entropy:.4f}",
                 "score": f"{found:.5f}",
                 "retained": f"{judge.retained(found):.4f}",
-                "kl": f"{judge.kl():.5f}",
+                "kl": f"{kl:.5f}",
+                "agreement": f"{agreement:.4f}",
                 "base_score": f"{judge.base:.5f}",
                 "finetuned_score": f"{judge.finetuned:.5f}",
                 "evaluations": packed.evaluations,
@@ -436,7 +446,9 @@ def _legend(figure: Any, panels: Iterable[Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--full", action="store_true", help="three seeds and more densities")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="one seed (the default)")
+    size.add_argument("--full", action="store_true", help="three seeds and more densities")
     parser.add_argument("--task", action="append", choices=tasks.names(), help="only this one")
     parser.add_argument("--plot", action="store_true", help="measure nothing, plot what there is")
     arguments = parser.parse_args()

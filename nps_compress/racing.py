@@ -15,8 +15,8 @@ import numpy as np
 
 from nps_compress.measured import Measured, join
 
-Z = 2.5  # standard errors that tell a candidate from a better one: one in 160 is dropped wrongly
-_FIRST_ROUNDS = (0.25, 0.5)  # shares of the data after which candidates are dropped
+Z = 2.0  # standard errors that tell a candidate from a better one: one in 44 is dropped wrongly
+_FIRST_ROUNDS = (0.125, 0.25, 0.5)  # shares of the data after which candidates are dropped
 
 
 @dataclass(frozen=True)
