@@ -41,7 +41,7 @@ def track(rng, offsets, noise=0.3, shared=1.0):
 
 
 def test_rounds():
-    assert rounds(8, True) == [range(2), range(2, 4), range(4, 8)]
+    assert rounds(8, True) == [range(1), range(1, 2), range(2, 4), range(4, 8)]
     assert rounds(8, False) == [range(8)]
     assert rounds(1, True) == [range(1)]
     assert rounds(2, True) == [range(1), range(1, 2)]
@@ -55,9 +55,9 @@ def test_hopeless_candidates_are_dropped_early(rng):
     offsets = [0, 0.01, 0.02, -0.01, -3, -2, 0.03, -4]
     found = track(rng, offsets)
     outcomes = found.race()
-    assert [outcome.share for outcome in outcomes] == [1, 1, 1, 1, 0.25, 0.25, 1, 0.25]
-    assert found.asked[0] == (tuple(range(8)), range(5))
-    assert found.asked[1] == ((0, 1, 2, 3, 6), range(5, 10))
+    assert [outcome.share for outcome in outcomes] == [1, 1, 1, 1, 0.1, 0.1, 1, 0.1]
+    assert found.asked[0] == (tuple(range(8)), range(2))
+    assert found.asked[1] == ((0, 1, 2, 3, 6), range(2, 5))
     for number, outcome in enumerate(outcomes):
         if outcome.share == 1:
             assert outcome.score == found.full(number)
