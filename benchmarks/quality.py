@@ -106,6 +106,10 @@ def baseline(function: Callable[..., baselines.Result], seeded: bool, **settings
     return run
 
 
+# How the names of methods end that take minutes.
+SEARCHING = ("(paper)", "NPS over sampled, fisher", "subspaces", "groups", "seeds", "searched")
+
+
 def ours(
     search: nps_compress.SearchOptions | None = None,
     retain: float | None = None,
@@ -274,12 +278,17 @@ def log_shares(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     return torch.log_softmax(logits[targets.flatten() != IGNORED], -1)
 
 
-def measure(name: str, full: bool, seeds: range, environment: Mapping[str, str]) -> None:
+def measure(
+    name: str,
+    chosen: Sequence[tuple[str, str, bool, Method]],
+    seeds: range,
+    environment: Mapping[str, str],
+) -> None:
     task = tasks.build(name)
     done = {(r["task"], r["method"], r["setting"], r["seed"]) for r in rows.read(RESULT)}
     pair_ = Pair.of(task)
     judge = Judge(pair_)
-    for method, setting, seeded, run in methods(full):
+    for method, setting, seeded, run in chosen:
         for seed in seeds if seeded else range(1):
             if (name, method, setting, str(seed)) in done:
                 continue
@@ -450,11 +459,18 @@ def main() -> None:
     size.add_argument("--quick", action="store_true", help="one seed (the default)")
     size.add_argument("--full", action="store_true", help="three seeds and more densities")
     parser.add_argument("--task", action="append", choices=tasks.names(), help="only this one")
+    parser.add_argument("--no-search", action="store_true", help="leave out methods that search")
     parser.add_argument("--plot", action="store_true", help="measure nothing, plot what there is")
     arguments = parser.parse_args()
     environment = rows.environment()
     for name in () if arguments.plot else arguments.task or tasks.names():
-        measure(name, arguments.full, range(3 if arguments.full else 1), environment)
+        seeds = range(3 if arguments.full else 1)
+        chosen = [
+            method
+            for method in methods(arguments.full)
+            if not (arguments.no_search and method[0].endswith(SEARCHING))
+        ]
+        measure(name, chosen, seeds, environment)
     if rows.read(RESULT):
         plot(RESULT.with_suffix(".png"))
         print(f"rows in {RESULT}, picture beside")

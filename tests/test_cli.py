@@ -273,9 +273,8 @@ class TestBadInput:
             for command in (searched, ("search", *searched[1:])):
                 assert said in fails(*command, *option)
         assert "is not a valid integer" in fails(*searched, "--draws", "two", code=2)
-        for option in (("--genes", "groups"), ("--draws", 2), ("--workers", 2)):
-            line = fails(*searched, "--retain", 0.9, *option, code=2)
-            assert f"{option[0]} can't be used with --retain" in line
+        line = fails(*searched, "--retain", 0.9, "--density", 0.1, code=2)
+        assert "--density can't be used with --retain" in line
         assert not list(tmp_path.glob("t.nps*"))
 
     def test_options_of_a_rule(self, tiny, tmp_path):

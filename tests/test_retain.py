@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -160,7 +161,7 @@ class TestRules:
                 tmp_path / name,
                 retain=0.9,
                 calibration=calibration,
-                search=SearchOptions(fitness="agreement"),
+                search=SearchOptions(fitness="agreement", generations=0),
                 rules=rules,
             )
 
@@ -172,6 +173,37 @@ class TestRules:
         least = min((one, other), key=lambda report: report.quality.density)
         assert both.recipe == least.recipe
         assert {t.prune for t in other.quality.trials} == {other.recipe.prune} == {"magnitude"}
+
+    def test_a_search_goes_on_below_the_least_density(self, classifier_pair, tmp_path):
+        base, tuned, calibration = classifier_pair
+
+        def pack(name, generations):
+            return nps_compress.pack(
+                base,
+                tuned,
+                tmp_path / name,
+                recipe=Recipe.with_subspaces(3, "tail", prune="magnitude"),
+                retain=0.9,
+                calibration=calibration,
+                search=SearchOptions(fitness="agreement", generations=generations, population=4),
+                rules=("magnitude",),
+            )
+
+        plain, searched = pack("plain", 0), pack("searched", 2)
+        known = len(plain.quality.trials)
+        assert searched.quality.trials[:known] == plain.quality.trials
+        below = searched.quality.trials[known:]
+        densities = [plain.quality.density, *(trial.density for trial in below)]
+        assert below
+        for larger, smaller in itertools.pairwise(densities):
+            assert smaller == pytest.approx(larger / math.sqrt(2))
+        # All but the last kept enough, and the smallest of those is what is stored.
+        assert [trial.retained >= 0.9 for trial in below] == [True] * (len(below) - 1) + [False]
+        assert searched.quality.density == densities[-2] == searched.recipe.density
+        assert searched.quality.retained >= 0.9
+        assert bool(searched.recipe.search) == (len(below) > 1)
+        assert searched.quality.evaluations >= known + 9 * len(below)
+        assert not list(tmp_path.glob("*.search.json"))
 
 
 def test_interval_agrees_with_theory():
@@ -327,6 +359,7 @@ class TestPack:
     def test_command_line(self, classifier_pair, tmp_path):
         base, tuned, calibration = classifier_pair
         call = ["pack", base, tuned, "-o", tmp_path / "t.nps", "--retain", "0.9"]
+        call += ["--generations", "0"]
 
         def run(*more):
             return CliRunner().invoke(main, [str(a) for a in (*call, *more)])
@@ -340,7 +373,6 @@ class TestPack:
         assert json.loads(done.stdout)["quality"]["metric"] == "agreement"
         for option in (
             ("--density", 0.1),
-            ("--subspaces", 3),
             ("--recipe", "r.json"),
             ("--lossless",),
         ):
