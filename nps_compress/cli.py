@@ -82,11 +82,10 @@ def _recipe_options(function: F) -> F:
         click.option(
             "--prune",
             type=click.Choice(["magnitude", "sampled", "random"]),
-            default="magnitude",
-            show_default=True,
             help="magnitude: keep the largest changes. sampled: keep each change with a "
             "probability in proportion to its size, scaled so that the expectation is exact. "
-            "random: keep any with the same probability, scaled (DARE).",
+            "random: keep any with the same probability, scaled (DARE).  [default: sampled with "
+            "--calibration, else magnitude]",
         ),
         click.option(
             "--eligible",
@@ -110,11 +109,10 @@ def _recipe_options(function: F) -> F:
         click.option(
             "--importance",
             type=click.Choice(["magnitude", "fisher", "activation"]),
-            default="magnitude",
-            show_default=True,
             help="What ranks changes. fisher: magnitude times how much the fine-tune's outputs "
             "react, from gradients on the calibration data. activation: times the size of the "
-            "input, without gradients.",
+            "input, without gradients.  [default: fisher with --prune sampled and --calibration, "
+            "else magnitude]",
         ),
         click.option(
             "--fitness",
@@ -250,13 +248,10 @@ def pack(
             _refuse_together(ctx, "--recipe", recipe_path, {"calibration"})
         options["generations"] = 0
     elif retain is not None:
-        if _given(ctx, {"prune"}):
-            rules = (options["prune"],)
-        else:
-            options["prune"] = "sampled"
-        recipe = _recipe(options, searched=True)
+        rules = (options["prune"],) if options["prune"] else ()
+        recipe = _recipe(options, calibrated=True)
     elif not lossless:
-        recipe = _recipe(options, searched=calibration is not None and options["generations"] > 0)
+        recipe = _recipe(options, calibrated=calibration is not None)
     report = run(
         base,
         finetuned,
@@ -320,7 +315,7 @@ def search(
         finetuned,
         calibration,
         output,
-        _recipe(options, searched=True),
+        _recipe(options, calibrated=True),
         _search_options(options),
         force=force,
         progress=True,
@@ -560,12 +555,14 @@ def import_(patch: Path, base: str, output: Path, force: bool, as_json: bool) ->
     _print_pack(import_sparse(base, patch, output, force=force, progress=True), as_json)
 
 
-def _recipe(options: dict[str, Any], searched: bool) -> Recipe:
-    from nps_compress.recipe import Recipe
+def _recipe(options: dict[str, Any], calibrated: bool) -> Recipe:
+    from nps_compress.recipe import Recipe, default_importance, default_rule
 
-    names = ("prune", "density", "scope", "importance", "eligible", "grid", "seed")
+    names = ("density", "scope", "eligible", "grid", "seed")
     plain = {name: options[name] for name in names}
-    if not searched:
+    plain["prune"] = options["prune"] or default_rule(calibrated)
+    plain["importance"] = options["importance"] or default_importance(plain["prune"], calibrated)
+    if not calibrated or not options["generations"]:
         return Recipe(**plain)
     return Recipe.with_subspaces(options["subspaces"], options["cuts"], **plain)
 

@@ -135,9 +135,14 @@ class WriteError(NpsError):
 
 
 class SearchInterruptedError(NpsError):
-    """The search was stopped; its state is on disk and the same command goes on from there."""
+    """The search was stopped; its state is on disk and the same command goes on from there.
+
+    ``generation`` is the last that was finished; as ``--generations`` it takes the best so far.
+    """
 
     def __init__(self, state: Path | str | None, generation: int) -> None:
         self.state, self.generation = state, generation
-        kept = f"; state kept in {state}, run the same command to resume" if state else ""
+        kept = f"; state kept in {state}: run the same command to resume" if state else ""
+        if state and generation > 0:
+            kept += f", or with --generations {generation} to take the best so far"
         super().__init__(f"search interrupted after generation {generation}{kept}")

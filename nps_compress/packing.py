@@ -24,7 +24,7 @@ from nps_compress.format.layout import MIN_CHUNK_LOG2, Op
 from nps_compress.format.records import BaseTensor, TensorEntry, base_root, printable
 from nps_compress.format.writer import NpsWriter, check_name
 from nps_compress.prune import Rule, Selection
-from nps_compress.recipe import Recipe
+from nps_compress.recipe import Recipe, default_importance, default_rule
 from nps_compress.reconstruct import BASE_NAME_KEY, FINETUNED_NAME_KEY
 from nps_compress.report import Quality, errors_to_metadata
 from nps_compress.searching import (
@@ -96,8 +96,8 @@ def pack(
     """Write ``out``, a ``.nps`` file that turns ``base`` into (nearly) ``finetuned``.
 
     base, finetuned: folder, ``.safetensors`` file, or Hub id in the local cache. ``recipe`` says
-    what is kept (default: the largest 5 % of magnitudes). With ``calibration`` its factors are
-    searched first, as ``search`` says. ``retain`` asks for a share of the fine-tune's quality
+    what is kept (default: :func:`default_recipe`). With ``calibration`` its factors are searched
+    first, as ``search`` says. ``retain`` asks for a share of the fine-tune's quality
     instead of a density, measured by ``search.fitness`` (default: what people judge such a model
     by); of the ``rules`` (default: RETAIN_RULES) the one that needs the least density is taken.
     ``lossless`` keeps every changed bit. Tensors that only the fine-tune has, or whose shape or
@@ -117,16 +117,14 @@ def pack(
         if calibration is None:
             raise InvalidArgumentError("retain", retain, "used with calibration data")
         job = RetainJob(Path(calibration), options, out, retain, rules or RETAIN_RULES)
-        recipe = recipe or Recipe.with_subspaces(8, "tail", prune="sampled")
     elif calibration is not None and options.generations:
         job = SearchJob(Path(calibration), options, out)
-        recipe = recipe or Recipe.with_subspaces(8, "tail")
     examples = job.examples if job else None
     if calibration is not None and examples is None:
         from nps_compress.calibration import read_examples
 
         examples = read_examples(Path(calibration))
-    recipe = recipe or Recipe()
+    recipe = recipe or default_recipe(calibration is not None)
     pair_ = pair(open_checkpoint(base), open_checkpoint(finetuned))
     refuse_input_as_output(out, input_files(pair_, calibration))
     for name in (*pair_.base.tensors, *pair_.finetuned.tensors):
@@ -140,6 +138,15 @@ def pack(
     if job:
         delete(job.states)
     return replace(report, quality=quality)
+
+
+def default_recipe(calibrated: bool) -> Recipe:
+    """5 % of the weights: an unbiased sample by Fisher importance in eight subspaces, ready for a
+    search, where there is calibration data; else the largest changes."""
+    rule = default_rule(calibrated)
+    importance = default_importance(rule, calibrated)
+    subspaces = 8 if calibrated else 1
+    return Recipe.with_subspaces(subspaces, "tail", prune=rule, importance=importance)
 
 
 @dataclass(frozen=True)

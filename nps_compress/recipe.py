@@ -158,6 +158,16 @@ class Recipe:
             raise RecipeError(path, str(error)) from error
 
 
+def default_rule(calibrated: bool) -> Rule:
+    """What is best on average over `make quality`, with calibration data or without."""
+    return "sampled" if calibrated else "magnitude"
+
+
+def default_importance(rule: Rule, calibrated: bool) -> Importance:
+    """Likewise; the paper's rule ranks by magnitude alone."""
+    return "fisher" if calibrated and rule == "sampled" else "magnitude"
+
+
 # Fields that recipes of 0.1.0 lack, and what those recipes mean.
 _SINCE_0_1_0: dict[str, Any] = {
     "importance": "magnitude",

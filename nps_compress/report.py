@@ -227,6 +227,17 @@ def recipe_words(metadata: Mapping[str, str]) -> str | None:
     coefficients = recipe.get("coefficients")
     if isinstance(coefficients, list) and len(coefficients) > 1:
         parts.append(f"{len(coefficients)} subspaces with a coefficient each")
+    if recipe.get("subspace_densities"):
+        parts.append("a density for each subspace")
+    if recipe.get("group_coefficients"):
+        parts.append("a coefficient for each group of tensors")
+    if recipe.get("group_densities"):
+        parts.append("a density for each group of tensors")
+    eligible = _finite(recipe.get("eligible"))
+    if eligible:
+        parts.append(f"at {eligible:.4g} eligible positions for each that is kept")
+    if recipe.get("grid") is True:
+        parts.append("values rounded to multiples of the step")
     search = recipe.get("search")
     evaluations = search.get("evaluations") if isinstance(search, dict) else None
     if type(evaluations) is int and 0 < evaluations < 10**9:
