@@ -306,7 +306,7 @@ def search(
     \b
     Example:
       nps-compress search base/ law/ -o law.json --calibration law.jsonl
-      nps-compress pack base/ law/ -o law.nps --recipe law.json
+      nps-compress pack base/ law/ -o law.nps --recipe law.json --calibration law.jsonl
     """
     from nps_compress.searching import search_recipe
 

@@ -150,7 +150,8 @@ def test_a_search_of_groups_and_draws(classifier_pair, tmp_path, monkeypatch):
     text = ok("search", base, tuned, "-o", found, *options)
     assert "density of attention" in text
     assert {**json.loads(found.read_text()), "nps_recipe": 1} == recipe
-    ok("pack", base, tuned, "-o", tmp_path / "u.nps", "--recipe", found)
+    again = ("--recipe", found, "--calibration", calibration)  # for the importance
+    ok("pack", base, tuned, "-o", tmp_path / "u.nps", *again)
     same = [nps_compress.inspect(path)["content_sha256"] for path in (task, tmp_path / "u.nps")]
     assert same[0] == same[1]
 
