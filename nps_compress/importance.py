@@ -50,6 +50,7 @@ def measure_importance(
 ) -> dict[str, Float32]:
     """Importance of every parameter by its name in the file. -> [numel] float32 each.
 
+    seed: of the labels that ``fisher`` draws; not that of a recipe, which a search may change.
     Empty for ``magnitude``, where all count alike. Raises as :func:`fisher`.
     """
     if name == "fisher":

@@ -129,9 +129,8 @@ def counted(
                 recipe.importance,
                 pair_.finetuned.path,
                 examples,
-                recipe.seed,
-                advance,
-                source or "calibration data",
+                on_example=advance,
+                source=source or "calibration data",
             )
     pruner = Pruner(pair_, recipe, importance)
     with bar(len(pair_.base_of), "reading", "tensor", progress) as advance:
