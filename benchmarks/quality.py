@@ -21,6 +21,7 @@ How a search got there is in results/search.csv: the best fitness after each gen
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import statistics
 import tempfile
@@ -51,6 +52,7 @@ SEARCH_FIELDS = (
     *("task", "method", "setting", "seed", "generation", "evaluations", "fitness", "best"),
     *("start", "finetuned"),
 )
+AT_ENTROPY = ("NPS over sampled, fisher", "ours: sampled, fisher, eligible 4")
 KL_BATCHES = 16  # of the test data; what a language model says of all would fill the memory
 
 
@@ -348,7 +350,8 @@ def _history(key: Mapping[str, object], search: Mapping[str, Any]) -> list[dict[
 def plot(path: Path) -> None:
     """Retained share against bits: a panel a task, a line a method, the mean over its seeds.
 
-    Methods without a range of settings (searches, --retain) are single marks; bars span the seeds.
+    Methods without a range of settings (--retain) are single marks; bars span the seeds. Hollow
+    marks: the same at ``entropy_bits``.
     """
     from matplotlib import pyplot
 
@@ -382,6 +385,14 @@ def plot(path: Path) -> None:
                 bits, kept, spread = zip(*means, strict=True)
                 half = [width / 2 for width in spread]
                 axes.errorbar(bits, kept, half, label=method, **looks[method])
+            coded = sorted(
+                (float(row["entropy_bits"]), 100 * float(row["retained"]))
+                for row in found
+                if (row["task"], row["method"]) == (name, method) and method in AT_ENTROPY
+            )
+            if coded:
+                hollow = {**looks[method], "linestyle": "--", "linewidth": 1, "mfc": "none"}
+                axes.plot(*zip(*coded, strict=True), label=f"{method}, as signs", **hollow)
         axes.axhline(100, color="0.6", linewidth=1, linestyle="--")
         axes.set(xscale="log", title=name, xlabel="bits per parameter, everything counted")
         axes.set_ylim(0, 106)
@@ -399,25 +410,27 @@ def plot_searches(path: Path) -> None:
     from matplotlib import pyplot
 
     found = rows.read(SEARCHES)
-    cells = list(dict.fromkeys((row["task"], row["setting"]) for row in found))
-    methods_seen = list(dict.fromkeys(row["method"] for row in found))
-    looks = _looks(methods_seen)
-    columns = max(1, len({setting for _, setting in cells}))
-    lines = -(-len(cells) // columns)
+    names = list(dict.fromkeys(row["task"] for row in found))
+    settings = sorted({row["setting"] for row in found})
+    looks = _looks(list(dict.fromkeys(row["method"] for row in found)))
     figure, panels = pyplot.subplots(
-        *(lines, columns), figsize=(7 * columns, 3.2 * lines), squeeze=False, layout="constrained"
+        *(len(names), len(settings)),
+        figsize=(6 * len(settings), 3 * len(names)),
+        squeeze=False,
+        layout="constrained",
     )
-    for axes, (name, setting) in zip(panels.flat, cells, strict=False):
-        for method in methods_seen:
-            runs: dict[str, list[tuple[int, float]]] = {}
-            for row in found:
-                if (row["task"], row["setting"], row["method"]) == (name, setting, method):
-                    point = int(row["evaluations"]), -float(row["best"] or "nan")
-                    runs.setdefault(row["seed"], []).append(point)
-            for number, points in enumerate(runs.values()):
-                at, best = zip(*points, strict=True)
-                label = method if not number else "_"
-                axes.plot(at, best, label=label, **{**looks[method], "marker": ""})
+    for (name, setting), axes in zip(itertools.product(names, settings), panels.flat, strict=True):
+        runs: dict[tuple[str, str], list[tuple[int, float]]] = {}
+        for row in found:
+            if (row["task"], row["setting"]) == (name, setting):
+                point = int(row["evaluations"]), -float(row["best"] or "nan")
+                runs.setdefault((row["method"], row["seed"]), []).append(point)
+        for (method, seed), points in runs.items():
+            at, best = zip(*points, strict=True)
+            label = method if seed == "0" else "_"
+            axes.plot(at, best, label=label, **{**looks[method], "marker": ""})
+        if not runs:
+            axes.set_visible(False)
         axes.set(yscale="log", title=f"{name}, {setting}", xlabel="evaluations")
         axes.grid(alpha=0.3, which="both")
     for row_of_panels in panels:
