@@ -102,14 +102,20 @@ def main() -> None:
         rows.append(found)
 
     plain = nps_compress.Recipe(prune="magnitude", density=DENSITY)
-    pack(f"magnitude, density {DENSITY}", "magnitude.nps", f"--density {DENSITY}", recipe=plain)
+    pack(
+        f"magnitude, density {DENSITY}",
+        "magnitude.nps",
+        f"--prune magnitude --density {DENSITY}",
+        recipe=plain,
+    )
     searched = nps_compress.Recipe.with_subspaces(
         SUBSPACES, "tail", prune="magnitude", density=DENSITY
     )
     pack(
         f"NPS, density {DENSITY}",
         "nps.nps",
-        f"--density {DENSITY} --calibration {calibration} --generations {GENERATIONS} "
+        f"--prune magnitude --density {DENSITY} --calibration {calibration} "
+        f"--generations {GENERATIONS} "
         f"--population {POPULATION}",
         recipe=searched,
         calibration=calibration,
@@ -119,7 +125,7 @@ def main() -> None:
     pack(
         f"sampled, density {SAMPLED_DENSITY}",
         "sampled.nps",
-        f"--prune sampled --density {SAMPLED_DENSITY}",
+        f"--density {SAMPLED_DENSITY}",
         recipe=sampled,
     )
 

@@ -222,18 +222,23 @@ def _searches(d: float, every: bool, full: bool) -> Iterator[tuple[str, str, boo
         )
         return ours(search=search, density=d, **options)  # type: ignore[arg-type]
 
-    yield "NPS, equal subspaces (paper)", at, True, found(subspaces=8, cuts="equal")
+    yield (
+        "NPS, equal subspaces (paper)",
+        at,
+        True,
+        found(subspaces=8, cuts="equal", prune="magnitude"),
+    )
     over = found(subspaces=8, prune="sampled", importance="fisher")
     yield "NPS over sampled, fisher", at, True, over
     if not every:
         return
-    yield "NPS, tail subspaces", at, True, found(subspaces=8)
+    yield "NPS, tail subspaces", at, True, found(subspaces=8, prune="magnitude")
     groups = found("groups,group-density", prune="sampled", importance="fisher")
     yield "NPS over sampled, fisher: groups", at, True, groups
     draws = found(draws=8, generations=1, prune="sampled", importance="fisher")
     yield "sampled, fisher: best of 8 seeds", at, True, draws
     if full:
-        yield "NPS, 1 subspace (global rescale)", at, True, found(subspaces=1)
+        yield "NPS, 1 subspace (global rescale)", at, True, found(subspaces=1, prune="magnitude")
 
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:

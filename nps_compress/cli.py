@@ -84,8 +84,8 @@ def _recipe_options(function: F) -> F:
             type=click.Choice(["magnitude", "sampled", "random"]),
             help="magnitude: keep the largest changes. sampled: keep each change with a "
             "probability in proportion to its size, scaled so that the expectation is exact. "
-            "random: keep any with the same probability, scaled (DARE).  [default: sampled with "
-            "--calibration, else magnitude]",
+            "random: keep any with the same probability, scaled (DARE).  [default: sampled; with "
+            "--retain the better of sampled and magnitude]",
         ),
         click.option(
             "--eligible",
@@ -225,7 +225,7 @@ def pack(
     \b
     Example:
       nps-compress pack base/ law/ -o law.nps
-      nps-compress pack base/ law/ -o law.nps --prune sampled --density 0.01
+      nps-compress pack base/ law/ -o law.nps --density 0.01
       nps-compress pack base/ law/ -o law.nps --calibration law.jsonl
       nps-compress pack base/ law/ -o law.nps --calibration law.jsonl --retain 0.99
     """
@@ -556,11 +556,11 @@ def import_(patch: Path, base: str, output: Path, force: bool, as_json: bool) ->
 
 
 def _recipe(options: dict[str, Any], calibrated: bool) -> Recipe:
-    from nps_compress.recipe import Recipe, default_importance, default_rule
+    from nps_compress.recipe import DEFAULT_RULE, Recipe, default_importance
 
     names = ("density", "scope", "eligible", "grid", "seed")
     plain = {name: options[name] for name in names}
-    plain["prune"] = options["prune"] or default_rule(calibrated)
+    plain["prune"] = options["prune"] or DEFAULT_RULE
     plain["importance"] = options["importance"] or default_importance(plain["prune"], calibrated)
     if not calibrated or not options["generations"]:
         return Recipe(**plain)

@@ -24,7 +24,7 @@ from nps_compress.format.layout import MIN_CHUNK_LOG2, Op
 from nps_compress.format.records import BaseTensor, TensorEntry, base_root, printable
 from nps_compress.format.writer import NpsWriter, check_name
 from nps_compress.prune import Rule, Selection
-from nps_compress.recipe import Recipe, default_importance, default_rule
+from nps_compress.recipe import DEFAULT_RULE, Recipe, default_importance
 from nps_compress.reconstruct import BASE_NAME_KEY, FINETUNED_NAME_KEY
 from nps_compress.report import Quality, errors_to_metadata
 from nps_compress.searching import (
@@ -141,12 +141,12 @@ def pack(
 
 
 def default_recipe(calibrated: bool) -> Recipe:
-    """5 % of the weights: an unbiased sample by Fisher importance in eight subspaces, ready for a
-    search, where there is calibration data; else the largest changes."""
-    rule = default_rule(calibrated)
-    importance = default_importance(rule, calibrated)
-    subspaces = 8 if calibrated else 1
-    return Recipe.with_subspaces(subspaces, "tail", prune=rule, importance=importance)
+    """An unbiased sample of 5 % of the weights; where there is calibration data by Fisher
+    importance, in eight subspaces for a search."""
+    if not calibrated:
+        return Recipe()
+    importance = default_importance(DEFAULT_RULE, calibrated)
+    return Recipe.with_subspaces(8, "tail", importance=importance)
 
 
 @dataclass(frozen=True)

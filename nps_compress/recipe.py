@@ -26,6 +26,7 @@ from nps_compress.prune import (
 )
 
 VERSION = 1
+DEFAULT_RULE: Rule = "sampled"  # best on average over `make quality`
 Importance = Literal["magnitude", "fisher", "activation"]
 IMPORTANCES: tuple[Importance, ...] = get_args(Importance)
 Scope = Literal["global", "tensor"]
@@ -47,7 +48,7 @@ class Recipe:
     ``search`` records how the coefficients were found; it changes nothing.
     """
 
-    prune: Rule = "magnitude"
+    prune: Rule = DEFAULT_RULE
     density: float = 0.05
     scope: Scope = "global"
     importance: Importance = "magnitude"
@@ -158,13 +159,8 @@ class Recipe:
             raise RecipeError(path, str(error)) from error
 
 
-def default_rule(calibrated: bool) -> Rule:
-    """What is best on average over `make quality`, with calibration data or without."""
-    return "sampled" if calibrated else "magnitude"
-
-
 def default_importance(rule: Rule, calibrated: bool) -> Importance:
-    """Likewise; the paper's rule ranks by magnitude alone."""
+    """What ranks best on average over `make quality`; the paper's rule ranks by magnitude alone."""
     return "fisher" if calibrated and rule == "sampled" else "magnitude"
 
 

@@ -278,7 +278,7 @@ class RetainJob(SearchJob):
         """
         from nps_compress.evaluator import Evaluator
         from nps_compress.fitness import natural_metric
-        from nps_compress.retain import STEP, find_recipe
+        from nps_compress.retain import SMALLEST_DENSITY, STEP, find_recipe
 
         metric = self._metric or natural_metric(pruner.pair.finetuned.path, self.examples)
         evaluator = Evaluator(pruner, self.examples, metric, self._calibration, workers=1)
@@ -293,7 +293,7 @@ class RetainJob(SearchJob):
                 lambda t: advance(f"{t.prune} at density {t.density:.3g} keeps {t.retained:.2%}"),
             )
         searcher = self._evaluator(pruner) if self._options.generations else None
-        while searcher:
+        while searcher and recipe.density / STEP >= SMALLEST_DENSITY:
             density = recipe.density / STEP
             pruner.recipe = replace(
                 recipe,

@@ -213,8 +213,12 @@ def test_broken_finetune_is_refused(classifier_pair, tmp_path):
     weights = load_file(tuned / "model.safetensors")
     weights["classifier.bias"][0] = float("nan")
     save_file(weights, tuned / "model.safetensors", {"format": "pt"})
+    call = (base, tuned, tmp_path / "t.nps")
     with pytest.raises(CheckpointError, match="kl of nan"):
-        nps_compress.pack(base, tuned, tmp_path / "t.nps", calibration=calibration)
+        nps_compress.pack(*call, recipe=Recipe(), calibration=calibration)
+    with pytest.raises(CheckpointError, match="can't be run on the examples"):
+        nps_compress.pack(*call, calibration=calibration)  # finds it as it measures importance
+    assert not list(tmp_path.glob("t.nps*"))
 
 
 def test_folder_without_a_tokenizer(classifier_pair):

@@ -610,7 +610,7 @@ class TestOwnFunction:
             tmp_path / "t",
             retain=0.5,
             calibration=calibration,
-            search=SearchOptions(fitness="own_d:near"),
+            search=SearchOptions(fitness="own_d:near", generations=0),
         )
         assert report.quality
         assert report.quality.metric == "own_d:near"
@@ -636,7 +636,7 @@ def test_retain_of_an_encoder(models, name, tmp_path):
         tmp_path / "t.nps",
         retain=0.6,
         calibration=tmp_path / "c.jsonl",
-        search=SearchOptions(fitness=name),
+        search=SearchOptions(fitness=name, generations=0),
     )
     quality = report.quality
     assert quality

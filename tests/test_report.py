@@ -158,7 +158,7 @@ class TestMetadata:
         assert recipe_words({"recipe": bad}) is None
 
     def test_recipe_in_words(self):
-        recipe = Recipe.with_subspaces(3, "tail", density=0.02, seed=5).to_dict()
+        recipe = Recipe.with_subspaces(3, "tail", prune="magnitude", density=0.02, seed=5).to_dict()
         recipe["search"] = {"evaluations": 31}
         assert recipe_words({"recipe": json.dumps(recipe)}) == (
             "the largest 0.02 of the changes, ranked by size over the whole model; 3 subspaces "
@@ -263,7 +263,8 @@ class TestDistortion:
         tuned = write_checkpoint(
             tmp_path / "b", {"x": torch.full((100,), 1e-3), "y": torch.full((100,), 1.0)}
         )
-        nps_compress.pack(base, tuned, tmp_path / "t.nps", recipe=Recipe(density=0.5))
+        recipe = Recipe(prune="magnitude", density=0.5)
+        nps_compress.pack(base, tuned, tmp_path / "t.nps", recipe=recipe)
         x, y = nps_compress.inspect(tmp_path / "t.nps")["tensors"]
         assert (x["op"], x["relative_error"]) == ("copy", 1)
         assert (y["op"], y["relative_error"]) == ("delta", 0)
@@ -273,7 +274,8 @@ class TestDistortion:
         broken[3] = float("nan")
         base = write_checkpoint(tmp_path / "a", {n: torch.zeros(100) for n in "xy"})
         tuned = write_checkpoint(tmp_path / "b", {"x": broken, "y": torch.ones(100)})
-        nps_compress.pack(base, tuned, tmp_path / "t.nps", recipe=Recipe(density=0.25))
+        recipe = Recipe(prune="magnitude", density=0.25)
+        nps_compress.pack(base, tuned, tmp_path / "t.nps", recipe=recipe)
         x, y = nps_compress.inspect(tmp_path / "t.nps")["tensors"]
         assert x["relative_error"] == 0
         assert 0.5 < y["relative_error"] < 1
@@ -389,7 +391,7 @@ class TestInspect:
         text = run("inspect", tmp_path / "t.nps")
         assert text.splitlines()[0].split()[-1] == "error"
         assert "1 as if nothing were kept" in text
-        assert "recipe: the largest 0.05 of the changes" in text
+        assert "recipe: an unbiased sample of 0.05 of the changes" in text
         assert "quality, as measured" not in text
         nps_compress.pack(*tiny, tmp_path / "t.nps", lossless=True, force=True)
         text = run("inspect", tmp_path / "t.nps")

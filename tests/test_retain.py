@@ -277,7 +277,7 @@ class TestPack:
             out,
             retain=0.9,
             calibration=calibration,
-            search=SearchOptions(fitness="agreement"),
+            search=SearchOptions(fitness="agreement", generations=1, population=2),
         )
         quality = report.quality
         assert quality is not None
@@ -323,11 +323,12 @@ class TestPack:
         for row in texts:  # what it says is right: the tiny fine-tune knows nothing of the labels
             row["label"] = int(model(**tokenizer(row["text"], return_tensors="pt")).logits.argmax())
         labelled.write_text("\n".join(map(json.dumps, texts)))
-        report = nps_compress.pack(base, tuned, tmp_path / "a", retain=0.5, calibration=labelled)
+        asked = {"retain": 0.5, "search": SearchOptions(generations=0)}
+        report = nps_compress.pack(base, tuned, tmp_path / "a", calibration=labelled, **asked)
         assert report.quality
         assert report.quality.metric == "accuracy"
         assert report.quality.finetuned == 1
-        report = nps_compress.pack(base, tuned, tmp_path / "b", retain=0.5, calibration=bare)
+        report = nps_compress.pack(base, tuned, tmp_path / "b", calibration=bare, **asked)
         assert report.quality
         assert report.quality.metric == "agreement"
 
@@ -359,7 +360,7 @@ class TestPack:
     def test_command_line(self, classifier_pair, tmp_path):
         base, tuned, calibration = classifier_pair
         call = ["pack", base, tuned, "-o", tmp_path / "t.nps", "--retain", "0.9"]
-        call += ["--generations", "0"]
+        call += ["--generations", "0", "--importance", "magnitude"]
 
         def run(*more):
             return CliRunner().invoke(main, [str(a) for a in (*call, *more)])
