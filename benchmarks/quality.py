@@ -267,14 +267,24 @@ class Judge:
         return (score - floor) / (self.finetuned - floor)
 
     def compare(self) -> tuple[float, float]:
-        """The weights scored last with the fine-tune: divergence and agreement."""
-        total, agreed, count = 0.0, 0, 0
-        for batch, said in zip(self._batches, self._said, strict=True):
-            found = log_shares(self._model, batch)
-            total += float((said.exp() * (said - found)).sum())
-            agreed += int((said.argmax(-1) == found.argmax(-1)).sum())
-            count += len(said)
-        return total / count, agreed / count
+        """The weights scored last with the fine-tune; see :func:`compare`."""
+        return compare(self._model, self._batches, self._said)
+
+
+def compare(
+    model: torch.nn.Module, batches: Sequence[Batch], said: Sequence[torch.Tensor]
+) -> tuple[float, float]:
+    """Divergence (nats) and agreement of a model with what another said, a prediction.
+
+    said: the other's log shares, [predictions, classes] a batch.
+    """
+    total, agreed, count = 0.0, 0, 0
+    for batch, wanted in zip(batches, said, strict=True):
+        found = log_shares(model, batch)
+        total += float((wanted.exp() * (wanted - found)).sum())
+        agreed += int((wanted.argmax(-1) == found.argmax(-1)).sum())
+        count += len(wanted)
+    return total / count, agreed / count
 
 
 @torch.inference_mode()
