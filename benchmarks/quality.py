@@ -9,8 +9,9 @@ that are there are not measured again. Test data are seen by nothing but the las
 ``bits_per_param`` counts everything that is stored, over all parameters of the fine-tune: for ours
 the bytes of the file, for a baseline its cost by formula and 16 bits for each element that it
 leaves alone (a new head). ``entropy_bits`` is what the same would cost if kept positions were coded
-at their entropy within each tensor (among those that are eligible) and each change as a sign, with
-what the rest of the file takes; it says nothing where values are not all one constant a tensor.
+at their entropy within each tensor and each change as a sign, with what the rest of the file takes.
+For ``signs``, whose positions follow from a seed, it is one bit a kept change, row and column
+factors at their entropy, and rounded tensors at theirs.
 ``kl`` is the mean divergence from the fine-tune's own outputs on test data, in nats a prediction,
 ``agreement`` the share of predictions (classes, next tokens) whose likeliest is the fine-tune's.
 ``cost`` counts passes over the calibration data.
@@ -21,8 +22,8 @@ How a search got there is in results/search.csv: the best fitness after each gen
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
-import math
 import statistics
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -37,8 +38,14 @@ import baselines
 import nps_compress
 import rows
 import tasks
+from nps_compress.calibration import read_examples
 from nps_compress.checkpoint import open_checkpoint, pair
 from nps_compress.dtypes import PRUNABLE
+from nps_compress.models import weights_of
+from nps_compress.prune import Rule
+from nps_compress.recipe import Importance
+from nps_compress.searching import counted
+from nps_compress.signs import levels_of
 from training import IGNORED, Batch
 
 RESULT = rows.RESULTS / "quality.csv"
@@ -52,7 +59,7 @@ SEARCH_FIELDS = (
     *("task", "method", "setting", "seed", "generation", "evaluations", "fitness", "best"),
     *("start", "finetuned"),
 )
-AT_ENTROPY = ("NPS over sampled, fisher", "ours: sampled, fisher, eligible 4")
+AT_ENTROPY = ("NPS over sampled, fisher", "ours: signs, fisher", "NPS over signs, fisher")
 KL_BATCHES = 16  # of the test data; what a language model says of all would fill the memory
 
 
@@ -109,7 +116,15 @@ def baseline(function: Callable[..., baselines.Result], seeded: bool, **settings
 
 
 # How the names of methods end that take minutes.
-SEARCHING = ("(paper)", "NPS over sampled, fisher", "subspaces", "groups", "seeds", "searched")
+SEARCHING = (
+    "(paper)",
+    "NPS over sampled, fisher",
+    "NPS over signs, fisher",
+    "subspaces",
+    "groups",
+    "seeds",
+    "searched",
+)
 
 
 def ours(
@@ -133,6 +148,7 @@ def ours(
                 recipe=recipe,
                 retain=retain,
                 calibration=task.calibration,
+                rules=(recipe.prune,),
                 search=search or nps_compress.SearchOptions(generations=0),
             )
             nps_compress.unpack(task.base, out / "t.nps", out / "model")
@@ -140,11 +156,10 @@ def ours(
         assert report.recipe is not None
         found = report.recipe.search
         trials = len(report.quality.trials) if report.quality else 0
-        is_sampled = report.recipe.prune == "sampled"
         return Packed(
             weights,
             report.bits_per_param,
-            _entropy(pair_, weights, report.recipe.eligible_share) if is_sampled else None,
+            _entropy(pair_, weights, report.recipe),
             trials or int(found.get("evaluations", 0)),
             trials or float(found.get("cost", 0)),
             found or None,
@@ -153,20 +168,53 @@ def ours(
     return run
 
 
-def _entropy(pair_: Pair, weights: Mapping[str, torch.Tensor], eligible: float) -> float:
-    """Bits a parameter of positions at their entropy by tensor, a sign each, and whole tensors."""
+def _entropy(
+    pair_: Pair, weights: Mapping[str, torch.Tensor], recipe: nps_compress.Recipe
+) -> float | None:
+    """Bits a parameter at entropy; None for rules whose values are not signs."""
+    if recipe.prune not in ("sampled", "signs"):
+        return None
+    factors = _factor_bits(pair_.task, recipe.importance) if recipe.prune == "signs" else {}
     bits = 0.0
     for name, tensor in pair_.tuned.items():
         if name not in pair_.base:
             bits += 16 * tensor.numel()
             continue
-        kept = int((weights[name] != pair_.base[name]).sum())
-        share = min(1.0, kept / (eligible * tensor.numel()))
-        if 0 < share < 1:
-            each = -share * math.log2(share) - (1 - share) * math.log2(1 - share)
-            bits += eligible * tensor.numel() * each
-        bits += kept
+        moved = weights[name] - pair_.base[name]
+        kept = int(moved.count_nonzero())
+        if recipe.prune == "sampled":
+            share = kept / tensor.numel()
+            bits += kept + tensor.numel() * _entropy_of(torch.tensor([share, 1 - share]))
+        elif name in factors:
+            bits += kept + factors[name]
+        else:
+            levels = levels_of((tensor - pair_.base[name]).numpy().reshape(-1))[1]
+            bits += _code_bits(torch.from_numpy(levels))
     return bits / pair_.numel
+
+
+@functools.lru_cache(maxsize=2)
+def _factor_bits(task: tasks.Task, importance: Importance) -> dict[str, float]:
+    """Bits of the factors of rows and columns, at their entropy, of tensors stored as signs."""
+    found = pair(open_checkpoint(task.base), open_checkpoint(task.finetuned))
+    recipe = nps_compress.Recipe(prune="signs", importance=importance)
+    pruner = counted(found, recipe, read_examples(task.calibration), task.calibration, False)
+    return {
+        name: sum(_code_bits(torch.from_numpy(each)) for each in pruner.factors(name))
+        for name in pruner.names
+        if pruner.factors(name)
+    }
+
+
+def _code_bits(values: torch.Tensor) -> float:
+    """Bits of these values in a code made for them. values: [n]."""
+    shares = values.unique(return_counts=True)[1].double() / values.numel()
+    return values.numel() * _entropy_of(shares)
+
+
+def _entropy_of(shares: torch.Tensor) -> float:
+    some = shares[shares > 0].double()
+    return float(-(some * some.log2()).sum())
 
 
 def methods(full: bool) -> Iterator[tuple[str, str, bool, Method]]:
@@ -180,19 +228,22 @@ def methods(full: bool) -> Iterator[tuple[str, str, bool, Method]]:
         for name in ("activation", "fisher"):
             method = ours(prune="sampled", density=d, importance=name)
             yield f"ours: sampled, {name}", at, True, method
-        seeded = ours(prune="sampled", density=d, importance="fisher", eligible=4.0)
-        yield "ours: sampled, fisher, eligible 4", at, True, seeded
-    for d in (0.05, 0.01):
-        yield from _searches(d, full or d == 0.01, full)
+    for d in (0.02, 0.05, 0.1, 0.2):
+        at = f"density {d}"
+        yield "ours: signs", at, True, ours(prune="signs", density=d)
+        yield "ours: signs, fisher", at, True, ours(prune="signs", density=d, importance="fisher")
+    yield from _searches(full)
     for share in (0.99, 0.95) if full else (0.99,):
-        at = f"retain {share}"
-        yield "ours: --retain", at, True, _retained(share, 0)
-        yield "ours: --retain, searched", at, True, _retained(share, 6)
+        for rule in ("sampled", "signs"):
+            at = f"retain {share}"
+            yield f"ours: --retain, {rule}", at, True, _retained(share, 0, rule)
+            if rule == "signs" or full:
+                yield f"ours: --retain, {rule}, searched", at, True, _retained(share, 6, rule)
 
 
-def _retained(share: float, generations: int) -> Method:
+def _retained(share: float, generations: int, rule: Rule) -> Method:
     search = nps_compress.SearchOptions(generations=generations)
-    return ours(search, share, 8, prune="sampled", importance="fisher")
+    return ours(search, share, 8, prune=rule, importance="fisher")
 
 
 def _baselines(densities: Sequence[float]) -> Iterator[tuple[str, str, bool, Method]]:
@@ -211,34 +262,35 @@ def _baselines(densities: Sequence[float]) -> Iterator[tuple[str, str, bool, Met
         yield "low rank", f"{bits} bits", False, rank
 
 
-def _searches(d: float, every: bool, full: bool) -> Iterator[tuple[str, str, bool, Method]]:
-    at = f"density {d}"
-
+def _searches(full: bool) -> Iterator[tuple[str, str, bool, Method]]:
     def found(
-        genes: str = "subspaces", draws: int = 1, generations: int = 12, **options: object
+        density: float,
+        genes: str = "subspaces",
+        draws: int = 1,
+        generations: int = 12,
+        **options: object,
     ) -> Method:
         search = nps_compress.SearchOptions(
             genes=tuple(genes.split(",")), draws=draws, generations=generations
         )
-        return ours(search=search, density=d, **options)  # type: ignore[arg-type]
+        return ours(search=search, density=density, **options)  # type: ignore[arg-type]
 
-    yield (
-        "NPS, equal subspaces (paper)",
-        at,
-        True,
-        found(subspaces=8, cuts="equal", prune="magnitude"),
-    )
-    over = found(subspaces=8, prune="sampled", importance="fisher")
-    yield "NPS over sampled, fisher", at, True, over
-    if not every:
-        return
-    yield "NPS, tail subspaces", at, True, found(subspaces=8, prune="magnitude")
-    groups = found("groups,group-density", prune="sampled", importance="fisher")
-    yield "NPS over sampled, fisher: groups", at, True, groups
-    draws = found(draws=8, generations=1, prune="sampled", importance="fisher")
-    yield "sampled, fisher: best of 8 seeds", at, True, draws
-    if full:
-        yield "NPS, 1 subspace (global rescale)", at, True, found(subspaces=1, prune="magnitude")
+    for d in (0.05, 0.01):
+        at = f"density {d}"
+        paper = found(d, subspaces=8, cuts="equal", prune="magnitude")
+        yield "NPS, equal subspaces (paper)", at, True, paper
+        if d == 0.01 or full:
+            tail = found(d, subspaces=8, prune="magnitude")
+            yield "NPS, tail subspaces", at, True, tail
+            over = found(d, subspaces=8, prune="sampled", importance="fisher")
+            yield "NPS over sampled, fisher", at, True, over
+    for d in (0.02, 0.05, 0.1) if full else (0.05,):
+        at = f"density {d}"
+        of: dict[str, Any] = {"prune": "signs", "importance": "fisher"}
+        yield "signs, fisher: best of 8 seeds", at, True, found(d, draws=8, generations=1, **of)
+        yield "NPS over signs, fisher", at, True, found(d, subspaces=8, **of)
+        groups = found(d, "groups,group-density", **of)
+        yield "NPS over signs, fisher: groups", at, True, groups
 
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -251,6 +303,7 @@ class Judge:
 
     def __init__(self, pair_: Pair) -> None:
         self._pair, self._model = pair_, tasks.load_model(pair_.task, pair_.task.finetuned)
+        self._parameters = weights_of(self._model)  # by their names in the file, which may differ
         self._batches = tasks.batches(pair_.task)[:KL_BATCHES]
         self.finetuned = self.score(pair_.tuned)
         self._said = [log_shares(self._model, batch) for batch in self._batches]
@@ -258,7 +311,13 @@ class Judge:
 
     def score(self, weights: Mapping[str, torch.Tensor]) -> float:
         """The task's metric."""
-        self._model.load_state_dict(dict(weights), strict=False)
+        known = self._parameters
+        written = {known[name].data_ptr() for name in weights}
+        left = [name for name, tensor in known.items() if tensor.data_ptr() not in written]
+        if left:
+            raise SystemExit(f"{self._pair.task.name}: the weights lack {left}")
+        for name, tensor in weights.items():
+            known[name].copy_(tensor)
         return tasks.evaluate_model(self._pair.task, self._model)
 
     def retained(self, score: float) -> float:

@@ -30,7 +30,7 @@ from nps_compress.recipe import Recipe
 from nps_compress.search import SIGMA, Memory
 
 CANDIDATES = 24
-SETTINGS = (("magnitude", 0.05), ("sampled", 0.05), ("sampled", 0.01))
+SETTINGS = (("magnitude", 0.05), ("sampled", 0.05), ("sampled", 0.01), ("signs", 0.05))
 
 
 def candidates(recipe: Recipe) -> list[Recipe]:

@@ -23,16 +23,23 @@ HEAD = struct.Struct("<III4sQQQ24s")
 BASE = struct.Struct("<HBB4s8Q32s")
 TENSOR = struct.Struct("<HBBBBBBI4s8Q32s16s")
 CHUNK = struct.Struct("<IIIBBBB8I8s")
+SUBSPACE = np.dtype("<i2, <u2, <f4, <f8")
 NAMES = "BOOL U8 I8 U16 I16 U32 I32 U64 I64 F8_E4M3 F8_E5M2 F8_E8M0 F16 BF16 F32 F64 C64".split()
 WIDTHS = dict(zip(NAMES, (1, 1, 1, 2, 2, 4, 4, 8, 8, 1, 1, 1, 2, 2, 4, 8, 8), strict=True))
 COPY, DELTA, NEW = OPS = 1, 2, 3
-REPLACE, XOR, ULP = 1, 2, 3
+REPLACE, XOR, ULP, SIGNS, LEVELS = 1, 2, 3, 16, 17
 EMPTY, FULL, BITMASK, GAP8, GAP16 = range(5)
+DRAWN, PARAMETERS = 7, 8
 NO_BASE = 0xFFFFFFFF
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 BaseDict = dict[str, tuple[str, tuple[int, ...], bytes]]
 Kept = slice | np.ndarray  # which elements of a chunk are kept, as an index into it
+# H(k) of section 6.1 is POWERS[k + 240]; shifts round down, so that odd k below 0 come out right.
+EXPONENTS = np.arange(-240, 241, dtype=np.int32)
+ROOT = np.array(0x3FB504F3, np.uint32).view(np.float32)
+POWERS = np.ldexp(np.where(EXPONENTS & 1, ROOT, np.float32(1)), EXPONENTS >> 1)
+NEVER = -1000  # a size exponent whose sums are below all others
 
 
 class Refused(Exception):
@@ -139,52 +146,67 @@ def parse_record(record: Record, row: tuple, base: list[Record] | None, first: i
     check(not has_base or (dtype, shape) == base[index][1:3], "R-SHAPE", name)
     check(not has_base or op != COPY or not any(sha256), "R-COPY", name)
     is_float = dtype in ("F16", "BF16", "F32", "F64")
-    allowed = {COPY: (0,), NEW: (REPLACE,), DELTA: (REPLACE, XOR) + (ULP,) * is_float}
-    check(codec in allowed[op], "R-VALUES", name)
+    changing = (REPLACE, XOR) + (ULP,) * is_float + (SIGNS, LEVELS) * (is_float and dtype != "F64")
+    check(codec in {COPY: (0,), NEW: (REPLACE,), DELTA: changing}[op], "R-VALUES", name)
     check(log2 == 0 if op == COPY else 10 <= log2 <= 24, "R-CHUNKLOG", name)
-    count = 0 if op == COPY else -(-math.prod(shape) >> log2)
+    count = 0 if op == COPY else -(-math.prod(shape) >> log2) + (codec >= SIGNS)
     return Record(*record[:4], op, codec, log2, index, range(first, first + count))
+
+
+def matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Section 3.9: rows and columns."""
+    return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
 
 
 def chunk_starts(table: memoryview, records: list[Record], index_offset: int) -> np.ndarray:
     """C rules of the index; where each chunk starts."""
     counts = np.array([len(record.chunks) for record in records], np.int64)
     check(len(table) // CHUNK.size == counts.sum(), "C-COUNT", f"{counts.sum()} are needed")
-    each = [(WIDTHS[r.dtype], r.op, r.chunk_log2, math.prod(r.shape)) for r in records]
-    width, op, log2, numel = np.repeat(np.array(each, np.int64).reshape(-1, 4), counts, axis=0).T
+    each = [(WIDTHS[r.dtype], *r[4:7], math.prod(r.shape), sum(matrix(r.shape))) for r in records]
+    fields = np.repeat(np.array(each, np.int64).reshape(-1, 6), counts, axis=0)
+    width, op, values, log2, numel, lines = fields.T
     place = np.arange(len(width)) - np.repeat(np.cumsum(counts) - counts, counts)
-    n = np.minimum(1 << log2, numel - (place << log2))
+    place -= values >= SIGNS  # a parameter chunk is number -1
+    n = np.where(place < 0, 0, np.minimum(1 << log2, numel - (place << log2)))
     words = np.frombuffer(table, "<u4").reshape(-1, 14).astype(np.int64)
     mask_stored, raw, nnz, flags, *planes, _, _ = words.T
     codec, mask_z, planes_z, reserved = (flags >> shift & 255 for shift in (0, 8, 16, 24))
+    special = [place < 0, values == SIGNS, (values == LEVELS) | (nnz == n), nnz == 0]
+    some = np.clip(codec, BITMASK, GAP16)
+    wanted = np.select(special, [PARAMETERS, DRAWN, FULL, EMPTY], some)
     kinds = [codec == BITMASK, codec == GAP8, codec == GAP16]
-    low = np.select(kinds, [(n + 7) // 8, nnz, 2 * nnz])
-    high = low + np.select(kinds[1:], [(n - nnz) // 255, (n - nnz) // 65535 * 2])
+    kinds += [(place < 0) & (values == code) for code in (SIGNS, LEVELS)]
+    low = np.select(kinds, [(n + 7) // 8, nnz, 2 * nnz, 32 + 2 * lines, 2])
+    high = low + np.select(kinds[1:4], [(n - nnz) // 255, (n - nnz) // 65535 * 2, 16 * 63])
+    step = np.select(kinds[2:4], [2, 16], 1)
+    used = np.select([place < 0, values >= SIGNS], [0, 1], width)  # planes that hold anything
+    size = np.where(values == SIGNS, (nnz + 7) // 8, nnz)
     bad_size = np.zeros(len(words), bool)
-    streams = [(np.where(i < width, nnz, 0), planes_z >> i & 1, planes[i]) for i in range(8)]
-    for size, is_frame, stored in [(raw, mask_z, mask_stored), *streams]:
-        bad_frame = (stored >= size) | (stored * 32768 < size)
-        bad_size |= np.where(is_frame != 0, bad_frame, stored != size)
+    streams = [(np.where(i < used, size, 0), planes_z >> i & 1, planes[i]) for i in range(8)]
+    for whole, is_frame, stored in [(raw, mask_z, mask_stored), *streams]:
+        bad_frame = (stored >= whole) | (stored * 32768 < whole)
+        bad_size |= np.where(is_frame != 0, bad_frame, stored != whole)
+    bad_planes = planes_z >> np.where(values == SIGNS, 0, used) != 0
     for rule, bad in (
         ("C-NNZ", nnz > n),
-        ("C-CODEC", (codec > GAP16) | ((codec == EMPTY) != (nnz == 0))),
-        ("C-CODEC", (codec == FULL) != (nnz == n)),
+        ("C-CODEC", (codec != wanted) | ((values == LEVELS) & (nnz != n))),
         ("C-NEW", (op == NEW) & (codec != FULL)),
-        ("C-FLAGS", (reserved != 0) | (mask_z > 1) | (planes_z >> width != 0)),
-        ("C-MASKSIZE", (raw < low) | (raw > high) | (kinds[2] & (raw % 2 == 1))),
+        ("C-FLAGS", (reserved != 0) | (mask_z > 1) | bad_planes),
+        ("C-MASKSIZE", (raw < low) | (raw > high) | ((raw - low) % step != 0)),
         ("C-STORED", bad_size),
     ):
         check(not bad.any(), rule, f"chunk record {np.flatnonzero(bad)[:1]}")
     starts = np.cumsum(np.append(64, (mask_stored + sum(planes) + 7) // 8 * 8))
     check(starts[-1] == index_offset, "C-LAYOUT", f"chunks end at {starts[-1]}")
-    total, limit = int((raw + nnz * width).sum()), 256 * (index_offset - 64) + (1 << 26)
+    raw = raw + size * used + np.where((values == SIGNS) & (place >= 0), n // 32, 0)
+    total, limit = int(raw.sum()), 256 * (index_offset - 64) + (1 << 26)
     check(total <= limit, "C-EXPANSION", f"{total} bytes decoded, {limit} allowed")
     return starts
 
 
 def decode_mask(codec: int, mask: bytes | memoryview, n: int, nnz: int, what: str) -> Kept:
     """Section 5."""
-    if codec in (EMPTY, FULL):
+    if codec in (EMPTY, FULL, DRAWN):
         return slice(0, nnz)
     stream = np.frombuffer(mask, np.uint8)
     if codec == BITMASK:
@@ -205,10 +227,83 @@ def decode_mask(codec: int, mask: bytes | memoryview, n: int, nnz: int, what: st
     return kept
 
 
-def apply_payload(codec: int, b: np.ndarray, p: np.ndarray) -> np.ndarray:
+@np.errstate(all="ignore")
+def parse_parameters(record: Record, raw: np.ndarray, what: str) -> tuple | np.float32:
+    """Section 3.9: of levels H(e), of signs what ``draw`` takes."""
+    if record.value_codec == LEVELS:
+        (exponent,) = struct.unpack("<h", raw)
+        check(abs(exponent) <= 120, "P-PARAMETERS", what)
+        return POWERS[exponent + 240]
+    seed, gain, count, reserved = struct.unpack_from("<QfHH", raw)
+    (rows, columns), start = matrix(record.shape), 16 + 16 * count
+    check(start + 2 * (rows + columns) == len(raw), "P-PARAMETERS", what)
+    parts = np.frombuffer(raw, SUBSPACE, count, 16)
+    first, zeros, scale, rate = (parts[name] for name in SUBSPACE.names)
+    exponents = np.frombuffer(raw, np.int8, offset=start).astype(np.int32).reshape(2, -1)
+    exponents[0, exponents[0] == -128] = NEVER
+    good = not reserved and not zeros.any() and gain < np.inf and math.copysign(1, gain) > 0
+    good &= first[0] == -32768 and bool((first[1:] > first[:-1]).all())
+    good &= all(((part > 0) & (part < np.inf)).all() for part in (scale, rate))
+    good &= bool(((np.abs(exponents) <= 60) | (exponents == NEVER)).all())
+    check(good, "P-PARAMETERS", what)
+    m = np.searchsorted(first, EXPONENTS, "right") - 1
+    score = (np.float32(gain) * POWERS).astype(np.float64)
+    levels = np.minimum(65536, np.rint(65536 * (score * rate[m])))
+    factors = scale[m].astype(np.float64) * 65536 / levels  # infinite where level is 0
+    lines = exponents[:, :rows], exponents[:, rows:]
+    return seed, np.float32(gain), *lines, levels, factors.astype(np.float32)
+
+
+@np.errstate(all="ignore")
+def draw(p: tuple, place: slice, nnz: int, plane: np.ndarray, what: str) -> tuple[Kept, np.ndarray]:
+    """Section 6.2: the elements of a chunk that are drawn, and what each is changed by.
+
+    Rows and columns are exponents of size and importance; levels and factors go by u + 240.
+    """
+    seed, gain, rows, columns, levels, factors = p
+    found = []
+    for start in range(place.start, place.stop, 1 << 16):  # in parts, to save memory
+        at = np.arange(start, min(start + (1 << 16), place.stop), dtype=np.uint64)
+        row, column = np.divmod(at, np.uint64(columns.shape[1]))
+        s, more = rows[:, row] + columns[:, column]
+        z = np.uint64(seed) + ((at >> 2) + 1) * 0x9E3779B97F4A7C15
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9
+        z = (z ^ z >> 27) * 0x94D049BB133111EB
+        z ^= z >> 31
+        u = np.maximum(s + more, -240) + 240
+        hit = ((z >> (at & 3) * 16 & 0xFFFF) < levels[u]) & (s >= -120)
+        found.append((at[hit] - place.start, s[hit] + 240, u[hit]))
+    kept, s, u = map(np.concatenate, zip(*found, strict=True))
+    check(len(kept) == nnz, "P-POPCOUNT", what)
+    minus = np.unpackbits(plane, bitorder="little")
+    check(not minus[nnz:].any(), "P-TAIL", what)
+    change = gain * POWERS[s] * factors[u]
+    return kept.astype(np.int64), np.where(minus[:nnz], -change, change)
+
+
+@np.errstate(all="ignore")
+def apply_change(dtype: str, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """Section 6.1: words changed by float32 numbers."""
+    if dtype == "BF16":
+        x = (b.astype(np.uint32) << 16).view(np.float32)
+        total = x + c
+        v = total.view(np.uint32)
+        v = ((v + 0x7FFF + (v >> 16 & 1)) >> 16).astype(np.uint16)
+        y = (v.astype(np.uint32) << 16).view(np.float32)
+    else:
+        x = b.view("<f2" if dtype == "F16" else "<f4")
+        total = x + c  # in float32, since c is
+        y = total.astype(x.dtype)
+        v = y.view(b.dtype)
+    return np.where(np.isfinite(x) & np.isfinite(total) & np.isfinite(y) & (x != y), v, b)
+
+
+def apply_payload(record: Record, b: np.ndarray, p: np.ndarray) -> np.ndarray:
     """Section 6. Unsigned arrays wrap around, as it asks."""
-    if codec != ULP:
-        return b ^ p if codec == XOR else p
+    if record.value_codec >= SIGNS:
+        return apply_change(record.dtype, b, p)
+    if record.value_codec != ULP:
+        return b ^ p if record.value_codec == XOR else p
     low, z = (1 << (8 * p.itemsize - 1)) - 1, p + 1
     v = np.where(b > low, b ^ low, b) + ((z >> 1) ^ -(z & 1))
     return np.where(v > low, v ^ low, v)
@@ -285,8 +380,8 @@ class Nps:
     def _chunks(self, record: Record) -> Iterator[tuple[slice, Kept, np.ndarray]]:
         """Each chunk's place in the tensor, the elements kept in it, and its payload."""
         width, numel = WIDTHS[record.dtype], math.prod(record.shape)
-        for i, number in enumerate(record.chunks):
-            what = f"{record.name}, chunk {i}"
+        for i, number in enumerate(record.chunks, -1 if record.value_codec >= SIGNS else 0):
+            what = f"{record.name}, chunk {i}" if i >= 0 else f"{record.name}, parameters"
             place = slice(i << record.chunk_log2, min((i + 1) << record.chunk_log2, numel))
             fields = CHUNK.unpack_from(self._chunk_table, number * CHUNK.size)
             mask_stored, mask_raw, nnz, codec, mask_z, planes_z, _, *planes, digest = fields
@@ -295,16 +390,22 @@ class Nps:
             check(not any(self._data[ends[-1] : padded]), "C-PADDING", what)
             found = hashlib.sha256(self._data[start : ends[-1]]).digest()[:8]
             check(found == digest, "P-DIGEST", what)
-            payload = np.empty((nnz, width), np.uint8)
+            streams = []
             for j, (start, end) in enumerate(pairwise(ends)):
                 stream = self._data[start:end]
                 if (mask_z | planes_z << 1) >> j & 1:
                     stream = inflate(stream, nnz if j else mask_raw, "P-ZSTD", what)
-                if j == 0:
+                if j == 0 and i >= 0:
                     kept = decode_mask(codec, stream, place.stop - place.start, nnz, what)
-                else:
-                    payload[:, j - 1] = np.frombuffer(stream, np.uint8)
-            yield place, kept, payload.reshape(-1).view(f"<u{width}")
+                streams.append(np.frombuffer(stream, np.uint8))
+            if i < 0:
+                parameters = parse_parameters(record, streams[0], what)
+            elif record.value_codec == SIGNS:
+                yield place, *draw(parameters, place, nnz, streams[1], what)
+            elif record.value_codec == LEVELS:
+                yield place, kept, streams[1].view(np.int8).astype(np.float32) * parameters
+            else:
+                yield place, kept, np.stack(streams[1:], axis=1).reshape(-1).view(f"<u{width}")
 
     def _content(self, record: Record, base: bytes) -> bytes:
         """A delta's or new tensor's bytes, compared with their digest."""
@@ -314,7 +415,7 @@ class Nps:
             words = np.frombuffer(base, f"<u{WIDTHS[record.dtype]}").copy()
             for place, kept, payload in self._chunks(record):
                 part = words[place]
-                part[kept] = apply_payload(record.value_codec, part[kept], payload)
+                part[kept] = apply_payload(record, part[kept], payload)
             content = words.tobytes()
         check(hashlib.sha256(content).digest() == record.sha256, "D-DIGEST", record.name)
         return content

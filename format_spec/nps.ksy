@@ -1,8 +1,8 @@
 # What a parser generated from this file checks is marked with the rule of section 8 of
 # format_spec/SPEC.md. What it cannot check: CRC-32s and digests (H-CRC, T-CRC, I-DIGEST, P-DIGEST,
 # D-DIGEST), the JSON of the metadata (M-JSON, M-KEYS), and the chunks' streams, which stay as they
-# are stored (P-ZSTD, P-GAP, P-POPCOUNT, P-TAIL, P-ESCAPE). A generated parser stops at a broken
-# rule, not necessarily at the first one in the order of section 8.
+# are stored (P-ZSTD, P-GAP, P-POPCOUNT, P-TAIL, P-ESCAPE); parameters alone are read. A generated
+# parser stops at a broken rule, not necessarily at the first one in the order of section 8.
 #
 # Fields of `size: 0` are checks: they read nothing. `seq` of `nps` reads everything, so that a
 # parser that has returned has checked everything.
@@ -306,6 +306,8 @@ types:
             : _ == value_codec::replace or _ == value_codec::xor
               or (_ == value_codec::ulp and (dtype == dtype::f16 or dtype == dtype::bf16
                                              or dtype == dtype::f32 or dtype == dtype::f64))
+              or ((_ == value_codec::signs or _ == value_codec::levels)
+                  and (dtype == dtype::f16 or dtype == dtype::bf16 or dtype == dtype::f32))
           # R-VALUES
       - id: chunk_log2
         type: u1
@@ -358,9 +360,22 @@ types:
       chunk_elements:
         value: 1 << chunk_log2
         doc: Elements of every chunk but the last one.
+      is_signs:
+        value: value_codec == value_codec::signs
+      has_parameters:
+        value: is_signs or value_codec == value_codec::levels
+        doc: The first chunk holds parameters, no elements.
+      parameter_chunks:
+        value: 'has_parameters ? 1 : 0'
+      rows:
+        value: 'rank < 2 ? 1 : shape.dims[0].size'
+        doc: The tensor as a matrix, for its parameters.
+      columns:
+        value: 'rank < 2 ? shape.elements : shape.dims.last.end_columns'
       chunks:
         value: |
-          op == op::copy ? 0 : (shape.elements + chunk_elements - 1) / chunk_elements
+          op == op::copy ? 0
+          : parameter_chunks + (shape.elements + chunk_elements - 1) / chunk_elements
         doc: Number of chunks.
       end_chunk:
         value: first_chunk + chunks
@@ -375,7 +390,8 @@ types:
       - id: dims
         type: 'dim(_index < rank,
           _index == 0 ? 1 : dims[_index - 1].end_nonzero,
-          _index == 0 ? 1 : dims[_index - 1].end_elements)'
+          _index == 0 ? 1 : dims[_index - 1].end_elements,
+          _index < 2 ? 1 : dims[_index - 1].end_columns)'
         repeat: expr
         repeat-expr: 8
     instances:
@@ -398,6 +414,9 @@ types:
       - id: elements
         type: u8
         doc: Product of the dimensions before.
+      - id: columns
+        type: u8
+        doc: Product of the dimensions before, but for the first one.
     seq:
       - id: size
         type: u8
@@ -408,6 +427,8 @@ types:
         value: 'size == 0 ? nonzero : nonzero * size'
       end_elements:
         value: 'is_used ? elements * size : elements'
+      end_columns:
+        value: 'is_used ? columns * size : columns'
 
   chunk_records:
     doc: The chunk records of one tensor or file.
@@ -430,8 +451,8 @@ types:
 
   chunk_record:
     doc: |
-      A stream that is not compressed is stored in its raw size (a plane's is nnz); a compressed one
-      in fewer bytes, but at least 1/32768 of them.
+      A stream that is not compressed is stored in its raw size; a compressed one in fewer bytes,
+      but at least 1/32768 of them.
     doc-ref: 'format_spec/SPEC.md, section 3.5: Chunk record'
     params:
       - id: tensor
@@ -457,11 +478,16 @@ types:
         enum: mask_codec
         valid:
           expr: |
-            nnz == 0 ? _ == mask_codec::empty
+            is_parameters ? _ == mask_codec::parameters
+            : tensor.is_signs ? _ == mask_codec::drawn
+            : tensor.has_parameters ? _ == mask_codec::full and nnz == elements
+            : nnz == 0 ? _ == mask_codec::empty
             : nnz == elements ? _ == mask_codec::full
             : _ == mask_codec::bitmask or _ == mask_codec::gap8 or _ == mask_codec::gap16
           # C-CODEC
-        doc: Empty exactly where nnz is 0, full exactly where all elements are kept.
+        doc: |
+          Empty exactly where nnz is 0, full exactly where all elements are kept, but for the value
+          codecs that have parameters.
         doc-ref: 'format_spec/SPEC.md, section 5: Mask codecs'
       - id: check_full
         size: 0
@@ -475,7 +501,7 @@ types:
       - id: planes_compressed
         type: u1
         valid:
-          max: (1 << tensor.width) - 1  # C-FLAGS
+          max: 'tensor.is_signs ? 0 : (1 << planes) - 1'  # C-FLAGS
         doc: Bit i is 1 where plane i is a zstd frame.
       - id: reserved
         contents: [0]  # C-FLAGS
@@ -483,7 +509,12 @@ types:
         size: 0
         valid:
           expr: |
-            mask_codec == mask_codec::bitmask ? mask_raw_bytes == (elements + 7) / 8
+            is_parameters
+            ? (tensor.is_signs ? mask_raw_bytes >= exponents + 32
+                                 and mask_raw_bytes <= exponents + 16 + 16 * 64
+                                 and (mask_raw_bytes - exponents) % 16 == 0
+                               : mask_raw_bytes == 2)
+            : mask_codec == mask_codec::bitmask ? mask_raw_bytes == (elements + 7) / 8
             : mask_codec == mask_codec::gap8 ? mask_raw_bytes >= nnz
                                                and mask_raw_bytes <= nnz + (elements - nnz) / 255
             : mask_codec == mask_codec::gap16
@@ -504,11 +535,11 @@ types:
         repeat-expr: 8
         valid:
           expr: |
-            _index >= tensor.width ? _ == 0
-            : ((planes_compressed >> _index) & 1) == 0 ? _ == nnz
-            : _ < nnz and _ * 32768 >= nnz
+            _index >= planes ? _ == 0
+            : ((planes_compressed >> _index) & 1) == 0 ? _ == plane_raw_bytes
+            : _ < plane_raw_bytes and _ * 32768 >= plane_raw_bytes
           # C-STORED
-        doc: Those from the dtype's width on are 0.
+        doc: Those from the number of planes on are 0.
       - id: sha256_64
         size: 8
         doc: |
@@ -518,14 +549,26 @@ types:
         valid:
           expr: end_raw_bytes <= 256 * (_root.footer.index_offset - 64) + 67108864  # C-EXPANSION
     instances:
+      is_parameters:
+        value: tensor.has_parameters and number == 0
+        doc: The mask stream holds parameters; there are no elements and no planes.
       elements_from_here:
-        value: tensor.shape.elements - number * tensor.chunk_elements
+        value: tensor.shape.elements - (number - tensor.parameter_chunks) * tensor.chunk_elements
       elements:
         value: |
-          elements_from_here < tensor.chunk_elements ? elements_from_here : tensor.chunk_elements
+          is_parameters ? 0
+          : elements_from_here < tensor.chunk_elements ? elements_from_here : tensor.chunk_elements
         doc: Number of elements of the chunk.
+      exponents:
+        value: 2 * (tensor.rows + tensor.columns)
+        doc: Number of exponents among the parameters of signs, of one byte each.
+      planes:
+        value: 'is_parameters ? 0 : tensor.has_parameters ? 1 : tensor.width'
+        doc: Number of planes; those from here to the dtype's width on are empty.
+      plane_raw_bytes:
+        value: 'tensor.is_signs ? (nnz + 7) / 8 : nnz'
       end_raw_bytes:
-        value: raw_bytes + mask_raw_bytes + tensor.width * nnz
+        value: raw_bytes + mask_raw_bytes + planes * plane_raw_bytes
 
   heap:
     doc: |
@@ -647,15 +690,32 @@ types:
     seq:
       - id: mask
         size: record.mask_stored_bytes
+        if: not record.is_parameters
         doc: Which elements are kept; a zstd frame where record.mask_compressed is 1.
         doc-ref: 'format_spec/SPEC.md, section 5: Mask codecs'
+      - id: signs_raw
+        size: record.mask_stored_bytes
+        type: signs_parameters(record)
+        if: record.is_parameters and record.tensor.is_signs and record.mask_compressed == 0
+        doc: The parameters of signs where they are stored raw; use `signs`.
+      - id: signs_zstd
+        size: record.mask_stored_bytes
+        process: nps_zstd(record.mask_raw_bytes)  # P-ZSTD
+        type: signs_parameters(record)
+        if: record.is_parameters and record.tensor.is_signs and record.mask_compressed == 1
+        doc: The parameters of signs where they are stored as one zstd frame; use `signs`.
+      - id: levels
+        size: record.mask_stored_bytes
+        type: levels_parameters
+        if: record.is_parameters and not record.tensor.is_signs
       - id: planes
         size: record.plane_stored_bytes[_index]
         repeat: expr
         repeat-expr: record.tensor.width
         doc: |
           Plane i holds byte i of the payload word of every kept element; it is a zstd frame where
-          bit i of record.planes_compressed is 1.
+          bit i of record.planes_compressed is 1. In signs plane 0 holds a bit for every drawn
+          element, in levels a signed byte for every element; other planes are empty.
         doc-ref: 'format_spec/SPEC.md, section 6: Value codecs'
       - id: padding
         type: u1
@@ -663,6 +723,106 @@ types:
         repeat-expr: (8 - _io.pos % 8) % 8
         valid: 0  # C-PADDING
         doc: Up to a multiple of 8, which the start of the chunk data is.
+    instances:
+      signs:
+        value: 'record.mask_compressed == 0 ? signs_raw : signs_zstd'
+        if: record.is_parameters and record.tensor.is_signs
+
+  signs_parameters:
+    doc: |
+      Which elements are drawn, and how large their changes are. Exponents are in half octaves: an
+      exponent e stands for the factor 2^(e / 2).
+    doc-ref: 'format_spec/SPEC.md, section 6: Value codecs'
+    params:
+      - id: record
+        type: chunk_record
+    seq:
+      - id: seed
+        type: u8
+      - id: gain
+        type: f4
+        valid:
+          expr: _ <= 3.4028234663852886e+38  # P-PARAMETERS; no NaN is
+      - id: check_gain
+        size: 0
+        valid:
+          expr: gain_bits < 0x80000000  # P-PARAMETERS; -0.0 is refused too
+      - id: num_subspaces
+        type: u2
+        valid: (record.mask_raw_bytes - 16 - record.exponents) / 16  # P-PARAMETERS
+      - id: reserved
+        contents: [0, 0]  # P-PARAMETERS
+      - id: subspaces
+        type: 'subspace(_index, _index == 0 ? -32768 : subspaces[_index - 1].first)'
+        repeat: expr
+        repeat-expr: num_subspaces
+      - id: size_rows
+        type: s1
+        repeat: expr
+        repeat-expr: record.tensor.rows
+        valid:
+          expr: _ == -128 or (_ >= -60 and _ <= 60)  # P-PARAMETERS
+        doc: Exponent of each row's size; -128 stands for the factor 0.
+      - id: size_columns
+        type: s1
+        repeat: expr
+        repeat-expr: record.tensor.columns
+        valid:
+          expr: _ == -128 or (_ >= -60 and _ <= 60)  # P-PARAMETERS
+        doc: Exponent of each column's size; -128 stands for the factor 0.
+      - id: importance_rows
+        type: s1
+        repeat: expr
+        repeat-expr: record.tensor.rows
+        valid:  # P-PARAMETERS
+          min: -60
+          max: 60
+      - id: importance_columns
+        type: s1
+        repeat: expr
+        repeat-expr: record.tensor.columns
+        valid:  # P-PARAMETERS
+          min: -60
+          max: 60
+    instances:
+      gain_bits:
+        pos: 8
+        type: u4
+
+  subspace:
+    doc: Elements whose exponents add up to `first` or more, but less than the next one's.
+    doc-ref: 'format_spec/SPEC.md, section 6: Value codecs'
+    params:
+      - id: number
+        type: u2
+      - id: previous
+        type: s2
+        doc: The subspace before begins there.
+    seq:
+      - id: first
+        type: s2
+        valid:
+          expr: 'number == 0 ? _ == -32768 : _ > previous'  # P-PARAMETERS
+      - id: reserved
+        contents: [0, 0]  # P-PARAMETERS
+      - id: scale
+        type: f4
+        valid:
+          expr: _ > 0 and _ <= 3.4028234663852886e+38  # P-PARAMETERS
+      - id: rate
+        type: f8
+        valid:
+          expr: _ > 0 and _ <= 1.7976931348623157e+308  # P-PARAMETERS
+
+  levels_parameters:
+    doc: A change is a multiple of 2^(exponent / 2).
+    doc-ref: 'format_spec/SPEC.md, section 6: Value codecs'
+    seq:
+      - id: exponent
+        type: s2
+        valid:  # P-PARAMETERS
+          min: -120
+          max: 120
 
 enums:
   index_compression:
@@ -715,6 +875,12 @@ enums:
     4:
       id: gap16
       doc: As gap8 with 16-bit gaps and 65535; all low bytes, then all high bytes.
+    7:
+      id: drawn
+      doc: What the parameters of signs draw at random is kept; there is no stream.
+    8:
+      id: parameters
+      doc: No mask, but the parameters of signs or levels.
   value_codec:
     0:
       id: none
@@ -728,3 +894,9 @@ enums:
     3:
       id: ulp
       doc: The payload is the distance in floats, as a zigzag number less 1.
+    16:
+      id: signs
+      doc: What is drawn changes by a size that the parameters imply; the payload is the sign.
+    17:
+      id: levels
+      doc: The payload is a multiple of one step, as a signed byte.

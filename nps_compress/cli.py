@@ -81,18 +81,12 @@ def _recipe_options(function: F) -> F:
         ),
         click.option(
             "--prune",
-            type=click.Choice(["magnitude", "sampled", "random"]),
+            type=click.Choice(["magnitude", "sampled", "signs", "random"]),
             help="magnitude: keep the largest changes. sampled: keep each change with a "
             "probability in proportion to its size, scaled so that the expectation is exact. "
-            "random: keep any with the same probability, scaled (DARE).  [default: sampled; with "
-            "--retain the better of sampled and magnitude]",
-        ),
-        click.option(
-            "--eligible",
-            type=float,
-            default=0.0,
-            help="With --prune sampled: positions that a seed makes eligible for each that is "
-            "kept (4).  [default: all are]",
+            "signs: likewise, but only their signs, with sizes by row and column. random: keep any "
+            "with the same probability, scaled (DARE).  [default: sampled; with --retain the "
+            "better of sampled and magnitude]",
         ),
         click.option(
             "--grid",
@@ -558,7 +552,7 @@ def import_(patch: Path, base: str, output: Path, force: bool, as_json: bool) ->
 def _recipe(options: dict[str, Any], calibrated: bool) -> Recipe:
     from nps_compress.recipe import DEFAULT_RULE, Recipe, default_importance
 
-    names = ("density", "scope", "eligible", "grid", "seed")
+    names = ("density", "scope", "grid", "seed")
     plain = {name: options[name] for name in names}
     plain["prune"] = options["prune"] or DEFAULT_RULE
     plain["importance"] = options["importance"] or default_importance(plain["prune"], calibrated)

@@ -39,15 +39,19 @@ class MaskCodec(IntEnum):
     BITMASK = 2
     GAP8 = 3
     GAP16 = 4
+    DRAWN = 7  # follow from the tensor's parameters (sign_codec.py)
+    PARAMETERS = 8  # not a mask: the first chunk of a tensor that has them
 
 
 class ValueCodec(IntEnum):
-    """How the values at kept positions are stored. 16 to 31 are reserved for quantised values."""
+    """How the values at kept positions are stored. 18 to 31 are reserved for quantised values."""
 
     NONE = 0
     REPLACE = 1
     XOR = 2
     ULP = 3
+    SIGNS = 16
+    LEVELS = 17
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class EncodedChunk:
     mask: bytes
     planes_compressed: int  # bit i set: plane i is a zstd frame
     planes: tuple[bytes, ...]  # least significant byte of each payload word first
+    draws: int = 0  # elements of which a reader must draw which are kept
 
     @property
     def data(self) -> bytes:
@@ -70,7 +75,11 @@ class EncodedChunk:
     @property
     def raw_bytes(self) -> int:
         """Bytes of mask and planes once zstd is undone."""
-        return self.mask_raw_bytes + self.nnz * len(self.planes)
+        planes = (
+            self.nnz if self.planes_compressed >> index & 1 else len(plane)
+            for index, plane in enumerate(self.planes)
+        )
+        return self.mask_raw_bytes + sum(planes)
 
     def stored_raw(self) -> EncodedChunk:
         """The same chunk without zstd."""
@@ -236,7 +245,7 @@ MASK_CODECS: dict[MaskCodec, type[BitmaskCodec] | type[Gap8Codec] | type[Gap16Co
 
 def mask_raw_bytes_range(codec: MaskCodec, numel: Any, nnz: Any) -> tuple[Any, Any]:
     """The least and most bytes a mask can have before compression; ints or int64 arrays alike."""
-    if codec in (MaskCodec.EMPTY, MaskCodec.FULL):
+    if codec in (MaskCodec.EMPTY, MaskCodec.FULL, MaskCodec.DRAWN):
         return 0, 0
     return MASK_CODECS[codec].raw_bytes_range(numel, nnz)
 

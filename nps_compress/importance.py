@@ -1,4 +1,5 @@
-"""Where an error costs most: one factor per weight, measured on calibration data.
+"""Where an error costs most: a factor for each row and column of a weight, measured on calibration
+data.
 
 ``fisher`` is a power of the diagonal of the Fisher information at the fine-tune: the mean square of
 the gradients of log p(y | x), with y drawn from the fine-tune's own outputs, so that no labels are
@@ -14,8 +15,9 @@ of it); for an embedding, of how often its row is looked up.
 A small power, because a high one forgets what the calibration data don't show; `make quality`
 measures both.
 
-Factors are rounded to powers of the square root of 2: what threads and devices add up in another
-order then nearly always comes out the same, and the values that are stored repeat.
+Either is taken as a product of row and column means (as Adafactor does with squares of gradients,
+arXiv 1804.04235), the mean of a row relative to its tensor's and that of a column to the whole
+model's: no worse than a factor for each weight, and cheap enough to store (signs.py).
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.nn import functional
 
@@ -32,10 +35,10 @@ from nps_compress.adapters import LoadedModel, device
 from nps_compress.batches import Encoded
 from nps_compress.calibration import Example
 from nps_compress.models import by_file_name, load_model, running
+from nps_compress.rank_one import RankOne, rows_and_columns
 from nps_compress.recipe import Importance
-from nps_compress.task_vector import Float32
 
-POWER = 0.25
+POWER = 1 / 3
 DAMPING = 0.01  # of the mean: keeps what no calibration example touches from counting nothing
 _RANGE = 2.0**10  # of the factors, either way
 
@@ -47,8 +50,8 @@ def measure_importance(
     seed: int = 0,
     on_example: Callable[[], None] = lambda: None,
     source: Path | str = "calibration data",
-) -> dict[str, Float32]:
-    """Importance of every parameter by its name in the file. -> [numel] float32 each.
+) -> dict[str, RankOne]:
+    """Importance of every parameter by its name in the file.
 
     seed: of the labels that ``fisher`` draws; not that of a recipe, which a search may change.
     Empty for ``magnitude``, where all count alike. Raises as :func:`fisher`.
@@ -66,8 +69,8 @@ def fisher(
     seed: int = 0,
     on_example: Callable[[], None] = lambda: None,
     source: Path | str = "calibration data",
-) -> dict[str, Float32]:
-    """Importance of every parameter by its name in the file. -> [numel] float32 each.
+) -> dict[str, RankOne]:
+    """Importance of every parameter by its name in the file.
 
     One pass forward and back per example; holds the model, its gradients and their squares in
     float32.
@@ -101,7 +104,7 @@ def activation(
     examples: Sequence[Example],
     on_example: Callable[[], None] = lambda: None,
     source: Path | str = "calibration data",
-) -> dict[str, Float32]:
+) -> dict[str, RankOne]:
     """As :func:`fisher`, with one pass forward per example; 1 for all but matrices.
 
     Raises as :func:`fisher`.
@@ -197,9 +200,15 @@ def _drawn_loss(loaded: LoadedModel, encoded: Encoded, generator: torch.Generato
     return functional.cross_entropy(logits, drawn, reduction="sum")
 
 
-def _factors(square: torch.Tensor, mean: float) -> Float32:
-    if not mean > 0:
-        return np.ones(square.numel(), np.float32)
-    relative = (square.double() / mean + DAMPING).cpu().numpy().reshape(-1)
-    halves = np.rint(2 * POWER * np.log2(relative))  # of an octave
-    return np.clip(np.exp2(halves / 2), 1 / _RANGE, _RANGE).astype(np.float32)
+def _factors(square: torch.Tensor, mean: float) -> RankOne:
+    """The power of row means over the tensor's mean, and of column means over ``mean``."""
+    matrix = square.double().reshape(rows_and_columns(tuple(square.shape))).cpu()
+    own = float(matrix.mean()) if matrix.numel() else 0.0
+    rows = matrix.mean(1) / own if own > 0 else torch.ones(len(matrix))
+    columns = matrix.mean(0) / mean if mean > 0 else torch.ones(matrix.shape[1])
+    return RankOne.of(*(_power(each) for each in (rows, columns)))
+
+
+def _power(relative: torch.Tensor) -> npt.NDArray[np.float64]:
+    found: npt.NDArray[np.float64] = ((relative + DAMPING) ** POWER).numpy()
+    return np.clip(found, 1 / _RANGE, _RANGE)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from nps_compress._threads import workers
-from nps_compress.candidates import Loaded, Pruner, part_of, slices
+from nps_compress.candidates import Loaded, Pruner, slices
 from nps_compress.dtypes import to_float32
 from nps_compress.errors import CheckpointError
 from nps_compress.prune import Elements, Reach, Selection, reach, select, tensor_seed, within
@@ -41,7 +42,7 @@ class LiveModel:
                 f"tensor {missing[0]!r} has no parameter of that name in the model",
             )
         self._tensors = {
-            name: _LiveTensor(weights[name], pruner.load(name), pruner.importance(name))
+            name: _LiveTensor(weights[name], pruner.load(name), partial(pruner.changes, name))
             for name in pruner.names
         }
         # The largest first, so that no thread is left with it at the end.
@@ -50,12 +51,13 @@ class LiveModel:
     def apply(self, recipe: Recipe | None = None) -> None:
         """Overwrite the weights with what would be stored. None: the pruner's recipe."""
         pruner, recipe = self._pruner, recipe or self._pruner.recipe
-        shared, groups = pruner.selection(recipe), pruner.pruned_groups(recipe)
+        shared = pruner.selection(recipe)
 
         def run(name: str) -> None:
             tensor = self._tensors[name]
-            if pruner.group(name) not in groups:
-                tensor.write_finetuned()
+            fixed = pruner.fixed(name, tensor.loaded, recipe)
+            if fixed is not None:
+                tensor.write_all(fixed)
                 return
             selection, group = pruner.selection_of(name, tensor.loaded, shared, recipe)
             tensor.write(selection, group, tensor_seed(recipe.seed, name))
@@ -72,11 +74,16 @@ class LiveModel:
 
 
 class _LiveTensor:
-    """One parameter. target: float32, where the model has it."""
+    """One parameter. target: float32, where the model has it; changes: as Pruner.changes."""
 
-    def __init__(self, target: torch.Tensor, loaded: Loaded, importance: Float32) -> None:
+    def __init__(
+        self,
+        target: torch.Tensor,
+        loaded: Loaded,
+        changes: Callable[[Loaded, slice, bool], tuple[Float32, Float32]],
+    ) -> None:
         self.loaded = loaded
-        self._target, self._importance = target, importance
+        self._target, self._changes = target, changes
         self._flat = target.view(-1) if target.is_contiguous() else None
         # Where the parameter differs from the base, and the base there; None: anywhere.
         self._changed: tuple[npt.NDArray[np.uint32], Float32] | None = None
@@ -89,8 +96,8 @@ class _LiveTensor:
             _put(self._flat, *self._changed)
         self._changed = np.empty(0, np.uint32), np.empty(0, np.float32)
 
-    def write_finetuned(self) -> None:
-        self._write_all(to_float32(*self.loaded[2:]))
+    def write_all(self, values: Float32) -> None:
+        self._write_all(values)
         self._changed = None
 
     def write(self, selection: Selection, group: int, seed: int) -> None:
@@ -112,7 +119,8 @@ class _LiveTensor:
         self._target.copy_(torch.from_numpy(values).view(self._target.shape))
 
     def _short_list(self, selection: Selection, group: int, seed: int) -> Elements:
-        alike = (selection.rule, selection.eligible, seed)
+        density = selection.density if selection.rule == "random" else None
+        alike = (selection.rule, density, seed)
         needed = reach(selection, group)
         if self._short is None or self._short[0] != alike or not self._short[1].covers(needed):
             limits = needed.widened()
@@ -120,21 +128,18 @@ class _LiveTensor:
         return self._short[2]
 
     def _within(self, limits: Reach, selection: Selection, seed: int) -> Elements:
-        base, base_dtype, finetuned, finetuned_dtype = self.loaded
         parts = []
-        for part in slices(base.size):
-            before = to_float32(base[part], base_dtype)
-            tau = to_float32(finetuned[part], finetuned_dtype) - before
-            weights = part_of(self._importance, part)
-            elements = Elements(before, tau, weights, np.empty(0, np.uint32), part.start)
+        for part in slices(self.loaded[0].size):
+            before = to_float32(self.loaded[0][part], self.loaded[1])
+            changes = self._changes(self.loaded, part, selection.rule == "signs")
+            elements = Elements(before, *changes, np.empty(0, np.uint32), part.start)
             parts.append(within(limits, selection, elements, seed))
-        if self._importance.size > 1:
-            weights = np.concatenate([part.importance for part in parts])
-        else:
-            weights = self._importance
-        before = np.concatenate([part.before for part in parts])
-        tau = np.concatenate([part.tau for part in parts])
-        return Elements(before, tau, weights, np.concatenate([part.at for part in parts]))
+        return Elements(
+            np.concatenate([part.before for part in parts]),
+            np.concatenate([part.tau for part in parts]),
+            np.concatenate([part.importance for part in parts]),
+            np.concatenate([part.at for part in parts]),
+        )
 
 
 def _put(target: torch.Tensor, at: npt.NDArray[np.uint32], values: Float32) -> None:

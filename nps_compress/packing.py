@@ -14,7 +14,7 @@ from nps_compress import __version__
 from nps_compress._progress import bar
 from nps_compress._threads import bounded_map
 from nps_compress.atomic import atomic_file, refuse_existing, refuse_input_as_output
-from nps_compress.candidates import SLICE, Pruner
+from nps_compress.candidates import SLICE, Loaded, Pruner
 from nps_compress.checkpoint import Checkpoint, Pair, open_checkpoint, pair
 from nps_compress.codecs import EncodedChunk, ValueCodec, best_value_codec, encode_chunk
 from nps_compress.distortion import Distortion, distortion, total
@@ -36,13 +36,20 @@ from nps_compress.searching import (
     input_files,
     memory_budget,
 )
+from nps_compress.sign_codec import (
+    encode_levels,
+    encode_signs,
+    levels_parameters,
+    parameter_chunk,
+)
 
 # Side files up to this size are stored even where the base has the same: a config is often
 # rewritten when a base is saved again, a vocabulary hardly ever.
 ALWAYS_STORED_BYTES = 16 * 1024
 _KEPT_PER_CHUNK = 16384  # enough that a frame's header and a record cost under 1 %
 _NEW_CHUNK_LOG2 = 20
-RETAIN_RULES: tuple[Rule, ...] = ("sampled", "magnitude")
+_MAX_DRAWS_PER_SIGN = 1024
+RETAIN_RULES: tuple[Rule, ...] = ("signs", "sampled", "magnitude")
 
 
 @dataclass(frozen=True)
@@ -113,10 +120,11 @@ def pack(
         raise InvalidArgumentError("lossless", True, "used without recipe, calibration and retain")
     options = search or SearchOptions()
     job: SearchJob | None = None
+    rules = (rules or RETAIN_RULES) if retain is not None else ()
     if retain is not None:
         if calibration is None:
             raise InvalidArgumentError("retain", retain, "used with calibration data")
-        job = RetainJob(Path(calibration), options, out, retain, rules or RETAIN_RULES)
+        job = RetainJob(Path(calibration), options, out, retain, rules)
     elif calibration is not None and options.generations:
         job = SearchJob(Path(calibration), options, out)
     examples = job.examples if job else None
@@ -129,7 +137,7 @@ def pack(
     refuse_input_as_output(out, input_files(pair_, calibration))
     for name in (*pair_.base.tensors, *pair_.finetuned.tensors):
         check_name(name)
-    pruner = None if lossless else counted(pair_, recipe, examples, calibration, progress)
+    pruner = None if lossless else counted(pair_, recipe, examples, calibration, progress, rules)
     quality = None
     if pruner and job:
         quality = job.run(pruner, progress)
@@ -257,8 +265,18 @@ def _encode(
         int(np.count_nonzero(before[start : start + SLICE] != after[start : start + SLICE]))
         for start in range(0, before.size, SLICE)
     )
-    op, codec, chunk_log2, chunks = Op.COPY, ValueCodec.NONE, 0, []
-    if changed:
+    op, codec, chunk_log2 = Op.COPY, ValueCodec.NONE, 0
+    chunks: list[EncodedChunk] = []
+    # Where fewer are kept, positions cost less than a factor for each row and column, and a reader
+    # would draw more than the format allows.
+    if (
+        pruner
+        and pruner.recipe.prune == "signs"
+        and changed * _MAX_DRAWS_PER_SIGN >= before.size > 0
+    ):
+        op = Op.DELTA
+        codec, chunk_log2, chunks = _encode_signs(pruner, name, loaded, changed, selection)
+    elif changed:
         op, chunk_log2 = Op.DELTA, _chunk_log2(before.size, changed)
         size = 1 << chunk_log2
         parts = [slice(start, start + size) for start in range(0, before.size, size)]
@@ -270,6 +288,27 @@ def _encode(
         name, base_dtype, stored.shape, op, codec, chunk_log2, base_index[base_name], sha256
     )
     return _Encoded(entry, chunks, identity, moved)
+
+
+def _encode_signs(
+    pruner: Pruner, name: str, loaded: Loaded, changed: int, selection: Selection | None
+) -> tuple[ValueCodec, int, list[EncodedChunk]]:
+    """A tensor as signs, or as levels where it is small."""
+    numel = loaded[0].size
+    levels = pruner.levels(name, loaded)
+    if levels is not None:
+        log2 = _chunk_log2(numel, numel)
+        parts = (slice(start, start + (1 << log2)) for start in range(0, numel, 1 << log2))
+        first = parameter_chunk(levels_parameters(levels[0]))
+        return ValueCodec.LEVELS, log2, [first, *(encode_levels(levels[1][p]) for p in parts)]
+    parameters = pruner.sign_parameters(name, selection)
+    log2 = _chunk_log2(numel, max(1, changed // 8))  # of bits
+    chunks = [parameter_chunk(parameters.to_bytes())]
+    for start in range(0, numel, 1 << log2):
+        part = slice(start, min(start + (1 << log2), numel))
+        signed, _ = pruner.changes(name, loaded, part, for_signs=True)
+        chunks.append(encode_signs(parameters, start, signed))
+    return ValueCodec.SIGNS, log2, chunks
 
 
 def _encode_new(name: str, dtype: DType, shape: tuple[int, ...], words: Words) -> _Encoded:

@@ -1,7 +1,7 @@
 """Which elements of a task vector survive, and at which value. Pure functions.
 
 Coefficients scale parts of the task vector (NPS, arXiv 2505.18713, eq. 2); a rule then selects from
-the reweighted one. Three rules:
+the reweighted one. Four rules:
 
 ``magnitude``
     keep the largest magnitudes (eq. 4), at their reweighted value.
@@ -13,18 +13,19 @@ the reweighted one. Three rules:
     |t| >= step the sum is rounded to nearest, exact unless the fine-tune is in a wider dtype.)
     With ``grid``, what exceeds the step is rounded at random to one of the two multiples of it
     beside it, again unbiased: then every value is a small integer times the step.
+``signs``
+    sample likewise from the task vector as signs (signs.py): whether an element is kept, and at
+    which size, then follows from its row, its column and the seed, and only its sign from t.
 ``random``
     keep each element with the same probability p, at t / p (DARE, arXiv 2311.03099).
 
-A share ``eligible`` below 1 lets ``sampled`` keep elements only where a hash of seed, tensor and
-position says so, at values larger by 1 / eligible: still unbiased, and who knows the seed need not
-be told which positions can't be kept. ``random`` is the limit: all that is eligible is kept.
-
 All rank by score: the magnitude times an importance (see importance.py; 1 where there is none).
 ``sampled`` then keeps with probability min(1, score / step), at +-step / importance where it is
-below 1: still unbiased, with the errors where they matter least.
+below 1: still unbiased, with the errors where they matter least; ``signs`` does the same.
 
 Draws come from a counter: (seed, tensor name, position) fix the outcome, whatever the chunking.
+Those of ``signs`` have 16 bits, four from each number, and probabilities are rounded to match: a
+reader has to draw again for every weight.
 """
 
 from __future__ import annotations
@@ -39,17 +40,19 @@ import numpy as np
 import numpy.typing as npt
 
 from nps_compress._jit import jit
-from nps_compress.dtypes import DType, Words, round_float32, to_float32
+from nps_compress.draws import LEVELS, draw_of, short_draw
+from nps_compress.dtypes import DType
 from nps_compress.errors import InvalidArgumentError
+from nps_compress.rank_one import POWERS
+from nps_compress.rounding import DROPPED_BITS, LARGEST, rounded
 from nps_compress.task_vector import (
     KEY_SHIFT,
     KEYS,
-    NEUTRAL,
     Ranking,
     keys_of,
 )
 
-Rule = Literal["magnitude", "sampled", "random"]
+Rule = Literal["magnitude", "sampled", "signs", "random"]
 RULES: tuple[Rule, ...] = get_args(Rule)
 Cuts = Literal["tail", "equal"]
 CUTS: tuple[Cuts, ...] = get_args(Cuts)
@@ -81,11 +84,12 @@ class Weighting:
 
 @dataclass(frozen=True)
 class Selection:
-    """A rule made concrete for one ranking: apply it with :func:`prune`.
+    """A rule made concrete for one ranking: apply it with :func:`select`.
 
     subspace_of: [KEYS] uint8. rank, scale: [groups, subspaces] float32 factors of score and value.
     ``magnitude``: keys above ``boundary[group, subspace]`` are kept, those at it with probability
-    ``tie_share``. ``sampled``: ``step`` is that of the scores of eligible elements.
+    ``tie_share``. ``sampled`` and ``signs``: ``step`` is that of the scores. ``random``:
+    ``density`` is the probability of each.
     """
 
     rule: Rule
@@ -95,7 +99,7 @@ class Selection:
     boundary: npt.NDArray[np.int64]
     tie_share: float
     step: float
-    eligible: float
+    density: float
     grid: bool
 
 
@@ -126,15 +130,12 @@ def plan(
     density: float,
     shares: Sequence[float] = (),
     weighting: Weighting | None = None,
-    eligible: float = 1.0,
     grid: bool = False,
 ) -> Selection:
     """Find the threshold or step at which ``density`` of all elements is kept, without a sort.
 
-    shares: cut the ranking into len(shares) + 1 subspaces. ``eligible``, at least the density,
-    counts for ``sampled``.
-
-    The arguments are those of a valid recipe.
+    shares: cut the ranking into len(shares) + 1 subspaces. The arguments are those of a valid
+    recipe.
     """
     starts = np.array([0, *ranking.subspace_edges(shares)])
     weighting = weighting or Weighting.ones(len(ranking.counts), len(starts))
@@ -143,12 +144,9 @@ def plan(
         subspace_of[start:] = m
     boundary, tie_share, step = np.zeros(weighting.rank.shape, np.int64), 0.0, 0.0
     if rule == "magnitude":
-        eligible = 1.0
         boundary, tie_share = _threshold(ranking, density, starts, weighting.rank)
-    elif rule == "sampled":
-        step = _step(ranking, density / eligible, starts, weighting.rank)
-    else:
-        eligible = density
+    elif rule != "random":
+        step = _step(ranking, density, starts, weighting.rank)
     return Selection(
         rule,
         subspace_of,
@@ -157,7 +155,7 @@ def plan(
         boundary,
         tie_share,
         step,
-        eligible,
+        density,
         grid,
     )
 
@@ -166,7 +164,8 @@ def plan(
 class Elements:
     """Elements of one tensor that may be kept, in float32.
 
-    before: [n], the base; tau: [n]; importance: [n], or [1] for all; at: [n] uint32 positions from
+    before: [n], the base; tau: [n]; importance: [n], or [1] for all (for ``signs`` the scores
+    themselves, [n]); at: [n] uint32 positions from
     ``start``, or [0] where the elements follow each other from there.
     """
 
@@ -196,44 +195,19 @@ def select(
         selection.subspace_of,
         selection.rank[group],
         selection.scale[group],
-        selection.rule != "magnitude",
+        RULES.index(selection.rule),
         selection.boundary[group],
         selection.tie_share,
         selection.step,
-        selection.eligible,
+        selection.density,
         selection.grid,
         np.uint64(seed),
-        np.uint32(_DROPPED_BITS[dtype.name]),
-        np.float32(_LARGEST[dtype.name]),
+        np.uint32(DROPPED_BITS[dtype.name]),
+        np.float32(LARGEST[dtype.name]),
         indices,
         values,
     )
     return indices[:kept], values[:kept]
-
-
-def prune(
-    selection: Selection,
-    base: Words,
-    dtype: DType,
-    finetuned: Words,
-    finetuned_dtype: DType,
-    seed: int,
-    start: int = 0,
-    importance: npt.NDArray[np.float32] = NEUTRAL,
-    group: int = 0,
-) -> Words:
-    """Words of base + selected task vector, rounded to nearest even; the base's where dropped.
-
-    base, finetuned: [n] words of F16, BF16 or F32, finite; ``seed`` from :func:`tensor_seed`;
-    ``start`` is the position of the first element within its tensor; importance: [n], or [1] for
-    all; ``group``: whose factors count. -> [n] words of ``dtype``.
-    """
-    before, after = to_float32(base, dtype), to_float32(finetuned, finetuned_dtype)
-    elements = Elements(before, after - before, importance, np.empty(0, np.uint32), start)
-    indices, values = select(selection, elements, dtype, seed, group)
-    out = base.copy()
-    out[indices] = round_float32(values, dtype)
-    return out
 
 
 @dataclass(frozen=True)
@@ -270,24 +244,47 @@ def reach(selection: Selection, group: int = 0) -> Reach:
 def within(limits: Reach, selection: Selection, elements: Elements, seed: int) -> Elements:
     """Those of adjacent elements that are within reach, with their positions in the tensor.
 
-    ``selection`` gives rule and eligible share, which its candidates have in common.
+    ``selection`` gives the rule (and the density of ``random``), which its candidates have in
+    common.
     """
     tau, importance = elements.tau, elements.importance
     at = np.empty(tau.size, np.uint32)
     found = _within(
         tau,
         importance,
-        selection.rule != "magnitude",
+        RULES.index(selection.rule),
         limits.lowest,
         limits.ratio,
-        selection.eligible,
+        selection.density,
         np.uint64(seed),
         elements.start,
         at,
     )
     at = at[:found]
-    weight = importance[at] if importance.size > 1 else importance
-    return Elements(elements.before[at], tau[at], weight, at + np.uint32(elements.start))
+    weights = importance[at] if importance.size > 1 else np.full(found, importance[0])
+    return Elements(elements.before[at], tau[at], weights, at + np.uint32(elements.start))
+
+
+def subspaces_by_exponent(
+    selection: Selection, group: int, gain: float
+) -> list[tuple[int, float, float]]:
+    """The subspaces of ``signs`` where scores are ``gain`` times powers of the square root of 2.
+
+    -> the first exponent (half octaves) of each that occurs, the probability for a score of 1, and
+    the factor of values.
+    """
+    scores = POWERS * np.float32(gain)
+    subspaces = selection.subspace_of[keys_of(scores.astype(np.float64))]
+    firsts = np.flatnonzero(np.diff(subspaces, prepend=-1))
+    rank, scale = selection.rank[group], selection.scale[group]
+    return [
+        (
+            int(first) - POWERS.size // 2,
+            float(rank[m]) / selection.step if selection.step else _CERTAIN,
+            float(scale[m]),
+        )
+        for first, m in ((first, subspaces[first]) for first in firsts)
+    ]
 
 
 def tensor_seed(seed: int, name: str) -> int:
@@ -374,60 +371,33 @@ class _Cells:
 
 
 _KEYS_PER_OCTAVE = 1 << (23 - KEY_SHIFT)
-_ELIGIBLE = 0xD1B54A32D192ED03
+_MAGNITUDE, _SIGNS, _RANDOM = (RULES.index(rule) for rule in ("magnitude", "signs", "random"))
 _SLACK = 2.0
-# Mantissa bits that a float32 loses in each dtype, and the largest finite value of each.
-_DROPPED_BITS = {"F32": 0, "BF16": 16, "F16": 13}
-_LARGEST = {"F32": 3.4028234663852886e38, "BF16": 3.3895313892515355e38, "F16": 65504.0}
-
-
-@jit
-def _rounded(value, dropped):  # type: ignore[no-untyped-def]
-    """``value`` as :func:`round_float32` rounds it, still as float32."""
-    if dropped == 0:
-        return value
-    if dropped == 13 and abs(value) < np.float32(2.0**-14):  # subnormal in F16
-        return np.float32(np.rint(value * np.float32(2.0**24)) * np.float32(2.0**-24))
-    bits = np.float32(value).view(np.uint32)
-    half = (np.uint32(1) << (dropped - np.uint32(1))) - np.uint32(1)
-    bits += half + ((bits >> dropped) & np.uint32(1))
-    return np.uint32((bits >> dropped) << dropped).view(np.float32)
-
-
-@jit
-def _draw(seed, position):  # type: ignore[no-untyped-def]
-    """splitmix64 of a counter: the top 53 bits are uniform on [0, 1)."""
-    z = seed + np.uint64(position + 1) * np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    z = z ^ (z >> np.uint64(31))
-    return np.float64(z >> np.uint64(11)) * 2.0**-53
-
-
-@jit
-def _is_eligible(eligible, seed, position):  # type: ignore[no-untyped-def]
-    """A draw independent of the one that decides what is kept."""
-    return eligible >= 1.0 or _draw(seed ^ np.uint64(_ELIGIBLE), position) < eligible
+_CERTAIN = 1e300  # a rate at which every score is kept
 
 
 @jit
 def _within(  # type: ignore[no-untyped-def]
-    tau, importance, sampled, lowest, ratio, eligible, seed, start, at
+    tau, importance, rule, lowest, ratio, density, seed, start, at
 ):
     found = 0
     for i in range(tau.size):
         weight = importance[i if importance.size > 1 else 0]
-        score = np.float32(abs(np.float32(tau[i])) * weight)
-        bits = score.view(np.uint32)
+        score = weight if rule == _SIGNS else np.float32(abs(np.float32(tau[i])) * weight)
+        bits = np.float32(score).view(np.uint32)
         if bits == 0:
             continue
-        if sampled:
-            position = start + i
-            if not _is_eligible(eligible, seed, position):
+        position = start + i
+        if rule == _MAGNITUDE:
+            if np.int64(bits >> np.uint32(KEY_SHIFT)) < lowest:
                 continue
-            if _draw(seed, position) >= ratio * score:
+        elif rule == _RANDOM:
+            if draw_of(seed, position) >= density:
                 continue
-        elif np.int64(bits >> np.uint32(KEY_SHIFT)) < lowest:
+        elif rule == _SIGNS:
+            if short_draw(seed, position) > LEVELS * ratio * score:
+                continue
+        elif draw_of(seed, position) >= ratio * score:
             continue
         at[found] = i
         found += 1
@@ -444,11 +414,11 @@ def _select(  # type: ignore[no-untyped-def]
     subspace_of,
     rank,
     scale,
-    sampled,
+    rule,
     boundary,
     tie_share,
     step,
-    eligible,
+    density,
     grid,
     seed,
     dropped,
@@ -457,41 +427,58 @@ def _select(  # type: ignore[no-untyped-def]
     values,
 ):
     kept = 0
+    # By subspace: probability for a score of 1, and the size of a step for an importance of 1.
+    rates, units = np.ones(rank.size), np.ones(rank.size)
+    if step > 0.0:
+        for m in range(rank.size):
+            rates[m] = rank[m] / step
+            units[m] = step * scale[m] / rank[m]
     for i in range(tau.size):
         weight = importance[i if importance.size > 1 else 0]
-        score = np.float32(abs(np.float32(tau[i])) * weight)
-        bits = score.view(np.uint32)
+        score = weight if rule == _SIGNS else np.float32(abs(np.float32(tau[i])) * weight)
+        bits = np.float32(score).view(np.uint32)
         if bits == 0:
             continue
         key = bits >> np.uint32(KEY_SHIFT)
         m = subspace_of[key]
         position = start + (at[i] if at.size else i)
         value = tau[i] * scale[m]
-        if not sampled:
+        if rule == _MAGNITUDE:
             if key < boundary[m]:
                 continue
-            if key == boundary[m] and _draw(seed, position) >= tie_share:
+            if key == boundary[m] and draw_of(seed, position) >= tie_share:
                 continue
-            word = _rounded(before[i] + value, dropped)
+            word = rounded(before[i] + value, dropped)
+        elif rule == _RANDOM:
+            if draw_of(seed, position) >= density:
+                continue
+            word = rounded(before[i] + np.float32(value / density), dropped)
+        elif rule == _SIGNS:
+            level = LEVELS
+            if step > 0.0:
+                level = min(level, np.rint(LEVELS * (np.float64(score) * rates[m])))
+            if short_draw(seed, position) >= level:
+                continue
+            word = rounded(before[i] + tau[i] * np.float32(scale[m] * LEVELS / level), dropped)
         else:
-            if not _is_eligible(eligible, seed, position):
-                continue
-            probability = np.float64(score) * rank[m] / step if step > 0.0 else 1.0
-            wanted = abs(np.float64(value)) / eligible
+            probability = np.float64(score) * rates[m] if step > 0.0 else 1.0
             if probability >= 1.0 and not (grid and step > 0.0):
-                word = _rounded(before[i] + np.float32(value / eligible), dropped)
+                word = rounded(before[i] + value, dropped)
             else:
                 # A step is at most twice what rounding leaves of it, unless that is nothing: 1.5
                 # times within an octave, twice where it crosses into one of wider spacing.
-                draw = _draw(seed, position)
+                draw = draw_of(seed, position)
                 if draw >= _SLACK * probability:
                     continue
-                size = step * scale[m] / (rank[m] * eligible * weight)
+                wanted = abs(np.float64(value))
+                size = units[m] / weight
                 level = math.floor(probability)
                 sign = 1.0 if value > 0 else -1.0
-                low = _rounded(before[i] + np.float32(sign * level * size), dropped)
-                high = _rounded(before[i] + np.float32(sign * (level + 1.0) * size), dropped)
-                near = abs(np.float64(low) - np.float64(before[i]))
+                low, near = before[i], 0.0
+                if level > 0.0:
+                    low = rounded(before[i] + np.float32(sign * level * size), dropped)
+                    near = abs(np.float64(low) - np.float64(before[i]))
+                high = rounded(before[i] + np.float32(sign * (level + 1.0) * size), dropped)
                 far = abs(np.float64(high) - np.float64(before[i]))
                 # So that the expectation is exact after rounding.
                 word = high if draw * (far - near) < wanted - near else low

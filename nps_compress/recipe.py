@@ -43,8 +43,7 @@ class Recipe:
     that ranking into subspaces (descending; none: one subspace) and ``coefficients`` scale them,
     the lowest ranks first. ``subspace_densities`` (none: all 1), ``group_coefficients`` and
     ``group_densities`` (by name of a group of tensors, see groups.py; 1 where absent) are the
-    other factors of prune.Weighting. ``eligible`` (positions for each that is kept; 0: all) and
-    ``grid`` belong to ``sampled``, see prune.py.
+    other factors of prune.Weighting. ``grid`` belongs to ``sampled``, see prune.py.
     ``search`` records how the coefficients were found; it changes nothing.
     """
 
@@ -57,7 +56,6 @@ class Recipe:
     subspace_densities: tuple[float, ...] = ()
     group_coefficients: dict[str, float] = field(default_factory=dict)
     group_densities: dict[str, float] = field(default_factory=dict)
-    eligible: float = 0.0
     grid: bool = False
     seed: int = 0
     search: dict[str, Any] = field(default_factory=dict)
@@ -91,21 +89,14 @@ class Recipe:
             _check_factors(name, by_group.values())
         _check_factors("coefficients", coefficients)
         _check_factors("subspace_densities", self.subspace_densities)
-        if not _is_number(self.eligible) or (self.eligible and not 1 <= self.eligible <= 1e6):
-            raise InvalidArgumentError("eligible", self.eligible, "0, or from 1 to 1e6")
         if type(self.grid) is not bool:
             raise InvalidArgumentError("grid", self.grid, "true or false")
-        if self.prune != "sampled" and (self.eligible or self.grid):
-            raise InvalidArgumentError("prune", self.prune, "sampled with eligible or grid")
+        if self.prune != "sampled" and self.grid:
+            raise InvalidArgumentError("prune", self.prune, "sampled with grid")
         if type(self.seed) is not int or not 0 <= self.seed < 2**32:
             raise InvalidArgumentError("seed", self.seed, "an integer from 0 to 2^32 - 1")
         if not isinstance(self.search, dict):
             raise InvalidArgumentError("search", self.search, "an object")
-
-    @property
-    def eligible_share(self) -> float:
-        """The share of positions where ``sampled`` may keep an element."""
-        return min(1.0, self.eligible * self.density) if self.eligible else 1.0
 
     def weighting(self, groups: Sequence[Group]) -> Weighting:
         """The factors of these groups of tensors."""
@@ -161,7 +152,7 @@ class Recipe:
 
 def default_importance(rule: Rule, calibrated: bool) -> Importance:
     """What ranks best on average over `make quality`; the paper's rule ranks by magnitude alone."""
-    return "fisher" if calibrated and rule == "sampled" else "magnitude"
+    return "fisher" if calibrated and rule in ("sampled", "signs") else "magnitude"
 
 
 # Fields that recipes of 0.1.0 lack, and what those recipes mean.
@@ -170,7 +161,6 @@ _SINCE_0_1_0: dict[str, Any] = {
     "subspace_densities": [],
     "group_coefficients": {},
     "group_densities": {},
-    "eligible": 0.0,
     "grid": False,
 }
 

@@ -23,6 +23,7 @@ from nps_compress.errors import (
 from nps_compress.format.layout import Op
 from nps_compress.format.reader import NpsReader
 from nps_compress.format.records import TensorEntry, printable
+from nps_compress.sign_codec import SignParameters, add_changes, level_changes
 
 if TYPE_CHECKING:
     import torch
@@ -103,6 +104,7 @@ class Task:
             return base.copy()
         out = base if in_place else np.empty_like(base)
         size = 1 << entry.chunk_log2
+        parameters = self.reader.parameters(entry)
 
         def run(number: int) -> None:
             chunk = self.reader.read_chunk(entry, number)
@@ -110,9 +112,18 @@ class Task:
             before = base[span]
             after = before if in_place else out[span]
             codec, dtype = entry.value_codec, entry.dtype
-            apply_payload(codec, chunk.planes, chunk.positions, before, after, dtype)
+            if isinstance(parameters, SignParameters):
+                assert chunk.positions is not None
+                minus = chunk.planes[0]
+                parameters.apply(span.start, chunk.positions, minus, before, after, dtype)
+            elif parameters is not None:
+                changes = level_changes(chunk.planes[0].view(np.int8), parameters)
+                every = np.arange(chunk.numel, dtype=np.uint32)
+                add_changes(every, changes, before, after, dtype)
+            else:
+                apply_payload(codec, chunk.planes, chunk.positions, before, after, dtype)
 
-        everything = range(entry.chunk_count)
+        everything = range(entry.chunks)
         numbers = self.reader.chunks_to_read(entry) if in_place else everything
         if threads == 1 or len(numbers) == 1:
             for number in numbers:
@@ -160,7 +171,7 @@ class Task:
                 name,
                 f"is {found[0].name} {list(found[1])}, not {entry.dtype.name} {list(entry.shape)}",
             )
-        if base.is_cuda and entry.op is Op.DELTA:
+        if base.is_cuda and entry.op is Op.DELTA and not entry.has_parameters:
             from nps_compress.kernels.rebuild import rebuild as rebuild_on_device
 
             form = self.sparse_form(name, base.device)
@@ -204,10 +215,18 @@ class Task:
             yield kept.astype(np.int64) + (number << entry.chunk_log2), chunk.planes
 
     def sparse_form(self, name: str, device: torch.device | str = "cpu") -> SparseForm:
-        """The tensor's changes in the form the kernels read. Raises FormatError."""
+        """The tensor's changes in the form the kernels read.
+
+        Raises:
+            FormatError: a chunk is damaged.
+            InvalidArgumentError: the tensor is stored as signs or levels.
+        """
         from nps_compress.kernels.form import sparse_form
 
         entry = self.entry(name)
+        if entry.has_parameters:
+            codec = entry.value_codec.name.lower()
+            raise InvalidArgumentError("value codec", codec, "replace, xor or ulp")
         signed = np.dtype(f"<i{entry.dtype.itemsize}")
         positions: list[npt.NDArray[np.int64]] = [np.empty(0, np.int64)]
         values: list[npt.NDArray[np.signedinteger]] = [np.empty(0, signed)]

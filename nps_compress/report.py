@@ -217,6 +217,7 @@ def recipe_words(metadata: Mapping[str, str]) -> str | None:
     what = {
         "magnitude": f"the largest {density:.4g} of the changes",
         "sampled": f"an unbiased sample of {density:.4g} of the changes",
+        "signs": f"signs of {density:.4g} of the changes, sampled by row and column",
         "random": f"{density:.4g} of the changes at random, rescaled",
     }[recipe["prune"]]
     where = "within each tensor" if recipe.get("scope") == "tensor" else "over the whole model"
@@ -233,9 +234,6 @@ def recipe_words(metadata: Mapping[str, str]) -> str | None:
         parts.append("a coefficient for each group of tensors")
     if recipe.get("group_densities"):
         parts.append("a density for each group of tensors")
-    eligible = _finite(recipe.get("eligible"))
-    if eligible:
-        parts.append(f"at {eligible:.4g} eligible positions for each that is kept")
     if recipe.get("grid") is True:
         parts.append("values rounded to multiples of the step")
     search = recipe.get("search")

@@ -3,7 +3,7 @@
 For each rule in turn, densities are tried from the largest down, a factor of sqrt(2) apart, until
 two in a row keep too little; then the step below the smallest that kept enough is halved twice.
 Going down step by step costs more trials than bisection and does not trust one lucky draw far down.
-The rule that holds at the least density wins: which one that is depends on the fine-tune.
+The rule that holds at the least cost wins: which one that is depends on the fine-tune.
 """
 
 from __future__ import annotations
@@ -74,8 +74,9 @@ def find_recipe(
     rules: Sequence[Rule],
     share: float,
     on_trial: Callable[[Trial], None] = lambda _: None,
+    cost: Callable[[Recipe], float] = lambda recipe: recipe.density,
 ) -> tuple[Recipe, Quality]:
-    """The recipe of least density that keeps ``share``, by whichever rule, and a report on it.
+    """The recipe of least cost that keeps ``share``, by whichever rule, and a report on it.
 
     measure: scores the words that a recipe would store.
 
@@ -93,8 +94,7 @@ def find_recipe(
     trials: list[Trial] = []
     best: tuple[Recipe, Measured] | None = None
     for rule in rules:
-        others = {} if rule == "sampled" else {"eligible": 0.0, "grid": False}
-        ruled = replace(recipe, prune=rule, **others)  # type: ignore[arg-type]
+        ruled = replace(recipe, prune=rule, grid=recipe.grid and rule == "sampled")
         asked = _densities()
         density = next(asked)
         while True:
@@ -103,7 +103,7 @@ def find_recipe(
             trials.append(Trial(density, yardstick.share(found), rule))
             on_trial(trials[-1])
             enough = trials[-1].retained >= share
-            if enough and (best is None or density < best[0].density):
+            if enough and (best is None or cost(candidate) < cost(best[0])):
                 best = candidate, found
             try:
                 density = asked.send(enough)

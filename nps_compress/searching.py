@@ -109,10 +109,11 @@ def counted(
     examples: Sequence[Example] | None,
     source: str | Path | None,
     progress: bool,
+    rules: Sequence[Rule] = (),
 ) -> Pruner:
     """A pruner that has read the pair once, and measured the recipe's importance.
 
-    source: where the examples are from.
+    source: where the examples are from; rules: as Pruner.count.
 
     Raises:
         InvalidArgumentError: the importance needs calibration data.
@@ -134,7 +135,7 @@ def counted(
             )
     pruner = Pruner(pair_, recipe, importance)
     with bar(len(pair_.base_of), "reading", "tensor", progress) as advance:
-        pruner.count(memory_budget(pair_), advance)
+        pruner.count(memory_budget(pair_), advance, rules)
     return pruner
 
 
@@ -291,6 +292,7 @@ class RetainJob(SearchJob):
                 self._rules,
                 self._share,
                 lambda t: advance(f"{t.prune} at density {t.density:.3g} keeps {t.retained:.2%}"),
+                pruner.expected_bits,
             )
         searcher = self._evaluator(pruner) if self._options.generations else None
         while searcher and recipe.density / STEP >= SMALLEST_DENSITY:

@@ -37,14 +37,12 @@ class Histogram:
         """A histogram of no elements."""
         return cls(np.zeros(KEYS, np.int64), np.zeros(KEYS, np.float64))
 
-    def add(self, base: Float32, finetuned: Float32, importance: Float32 = NEUTRAL) -> bool:
-        """Count the scores of one piece of a task vector. base, finetuned: [n].
+    def add(self, tau: Float32, importance: Float32 = NEUTRAL) -> bool:
+        """Count the scores of one piece of a task vector. tau: [n].
 
         importance: [n], or [1] for all. Returns False, the histogram then being of no use, where
-        a difference is not finite.
+        a score is not finite.
         """
-        with np.errstate(invalid="ignore", over="ignore"):
-            tau = finetuned - base
         return bool(_count(tau, importance, self.counts, self.sums))
 
     def merge(self, other: Histogram) -> None:

@@ -104,13 +104,11 @@ def test_options_reach_the_file(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (("--prune", "random", "--density", 0.1), ("random", 0, False)),
-        (("--prune", "sampled", "--eligible", 4), ("sampled", 4, False)),
-        (("--prune", "sampled", "--grid", "--density", 0.5), ("sampled", 0, True)),
-        (
-            ("--prune", "sampled", "--grid", "--eligible", 2, "--scope", "tensor"),
-            ("sampled", 2, True),
-        ),
+        (("--prune", "random", "--density", 0.1), ("random", False)),
+        (("--prune", "signs", "--density", 0.2), ("signs", False)),
+        (("--prune", "signs", "--density", 0.2, "--scope", "tensor"), ("signs", False)),
+        (("--prune", "sampled", "--grid", "--density", 0.5), ("sampled", True)),
+        (("--prune", "sampled", "--grid", "--scope", "tensor"), ("sampled", True)),
     ],
 )
 def test_rules_end_to_end(tiny, tmp_path, options, expected):
@@ -118,7 +116,7 @@ def test_rules_end_to_end(tiny, tmp_path, options, expected):
     ok("pack", *tiny, "-o", task, *options)
     assert "ok" in ok("verify", tiny[0], task)
     recipe = json.loads(nps_compress.inspect(task)["metadata"]["recipe"])
-    assert (recipe["prune"], recipe["eligible"], recipe["grid"]) == expected
+    assert (recipe["prune"], recipe["grid"]) == expected
     (tmp_path / "r.json").write_text(json.dumps(recipe))
     ok("pack", *tiny, "-o", tmp_path / "u.nps", "--recipe", tmp_path / "r.json")
     assert (tmp_path / "u.nps").read_bytes() == task.read_bytes()
@@ -134,7 +132,7 @@ def test_a_search_of_groups_and_draws(classifier_pair, tmp_path, monkeypatch):
     options = (
         *("--calibration", calibration, "--genes", "groups,group-density", "--draws", 3),
         *("--generations", 1, "--population", 2, "--workers", 2),
-        *("--prune", "sampled", "--eligible", 4, "--density", 0.1),
+        *("--prune", "signs", "--density", 0.1),
     )
     text = ok("pack", base, tuned, "-o", task, *options)
     assert "in 5 evaluations" in text
@@ -144,7 +142,7 @@ def test_a_search_of_groups_and_draws(classifier_pair, tmp_path, monkeypatch):
     assert names <= set(recipe["group_coefficients"])
     assert recipe["group_coefficients"].keys() == recipe["group_densities"].keys()
     assert recipe["seed"] in (0, 1, 2)
-    assert (recipe["prune"], recipe["eligible"]) == ("sampled", 4)
+    assert recipe["prune"] == "signs"
     genes = recipe["search"]["genes"]
     assert {"attention", "density of attention"} <= set(genes)
     text = ok("search", base, tuned, "-o", found, *options)
@@ -280,13 +278,9 @@ class TestBadInput:
 
     def test_options_of_a_rule(self, tiny, tmp_path):
         call = ("pack", *tiny, "-o", tmp_path / "t.nps")
-        for option in (("--eligible", 4), ("--grid",)):
-            for rule in ("magnitude", "random"):
-                line = fails(*call, "--prune", rule, *option)
-                assert "prune must be sampled with eligible or grid" in line
-        for value in (-1, 0.5, "nan", "inf"):
-            line = fails(*call, "--prune", "sampled", "--eligible", value)
-            assert "eligible must be" in line
+        for rule in ("magnitude", "random", "signs"):
+            line = fails(*call, "--prune", rule, "--grid")
+            assert "prune must be sampled with grid" in line
         assert "is not one of" in fails(*call, "--prune", "dare", code=2)
         assert not (tmp_path / "t.nps").exists()
 

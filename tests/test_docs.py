@@ -10,7 +10,7 @@ import re
 import pytest
 from conftest import ROOT
 
-from nps_compress import codecs
+from nps_compress import codecs, rank_one, sign_codec
 from nps_compress.cli import main
 from nps_compress.codecs import MaskCodec, ValueCodec
 from nps_compress.dtypes import DTYPES
@@ -129,8 +129,12 @@ def test_spec_limits_are_the_code():
         "expansion of the index": [layout.MAX_INDEX_RATIO, layout.INDEX_RATIO_SLACK],
         "expansion of a stream": [layout.MAX_ZSTD_RATIO],
         "expansion of all streams": [layout.MAX_EXPANSION, layout.EXPANSION_SLACK],
+        "elements that are drawn, as bytes": [1, layout.DRAWS_PER_BYTE],
         "bytes of metadata": [layout.MAX_METADATA_BYTES],
         "window of a zstd frame": [codecs.MAX_ZSTD_WINDOW],
+        "subspaces of signs": [1, sign_codec.SUBSPACES],
+        "exponents of rows and columns": [rank_one.LARGEST, rank_one.LARGEST],
+        "exponent of a step": [2 * rank_one.LARGEST, 2 * rank_one.LARGEST],
     }
     rules = set(re.findall(r"^\| ([A-Z]-[A-Z0-9]+) \|", SPEC.split("## 8. ")[1], re.M))
     assert {rule for *_, named in rows for rule in named.split(", ")} <= rules

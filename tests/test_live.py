@@ -19,6 +19,8 @@ from nps_compress.dtypes import to_float32
 from nps_compress.genotype import GENES, Genotype, check_genes
 from nps_compress.groups import GROUPS, SMALL, group_of
 from nps_compress.live import LiveModel, _LiveTensor
+from nps_compress.prune import RULES
+from nps_compress.rank_one import RankOne
 
 BIG = (300, 200)
 EMBEDDING, ATTENTION, MLP = "embed_tokens.weight", "layers.0.self_attn.q_proj.weight", "mlp.weight"
@@ -174,7 +176,7 @@ def checkpoints(folder, tensors=None):
 
 def pruner_of(folders, recipe=None, importance=None):
     pruner = Pruner(pair(*map(open_checkpoint, folders)), recipe or Recipe(), importance)
-    pruner.count(1 << 30)
+    pruner.count(1 << 30, rules=RULES)
     return pruner
 
 
@@ -219,19 +221,18 @@ class TestLiveModel:
 
     @pytest.fixture
     def importance(self, rng):
-        size = BIG[0] * BIG[1]
         return {
-            name: np.exp2(np.rint(rng.normal(0, 1, size)) / 2).astype(np.float32)
+            name: RankOne.of(*(np.exp2(rng.normal(0, 1, size)) for size in BIG))
             for name in (ATTENTION, MLP)
         }
 
     def candidate(self, rng, number):
         """Mostly a step from the last, as in a search; now and then something else."""
-        kind = ("magnitude", "sampled", "random")[number // 4 % 3]
+        kind = ("magnitude", "sampled", "signs", "random")[number // 4 % 4]
         density = (0.05, 0.06, 0.5)[number % 3]  # small tensors are exact at a half
         recipe = Recipe.with_subspaces(3, "tail", prune=kind, density=density, seed=number // 6)
         if kind == "sampled":
-            recipe = replace(recipe, eligible=(0.0, 2.0)[number // 2 % 2], grid=number % 4 == 1)
+            recipe = replace(recipe, grid=number % 4 == 1)
         genotype = Genotype(recipe, GENES, ["embedding", "attention", "mlp", "other", "small"])
         recipe = genotype.express(np.exp(rng.normal(0, 0.3, len(genotype.names))).tolist())
         return replace(recipe, scope="tensor") if number % 8 == 7 else recipe
@@ -278,9 +279,6 @@ class TestLiveModel:
         sampled = Recipe(prune="sampled", density=0.05)
         assert count(replace(sampled, grid=True)) == 0
         assert count(replace(sampled, seed=1)) == tensors
-        assert count(replace(sampled, seed=1, eligible=2.0)) == tensors
-        assert count(replace(sampled, seed=1, eligible=2.0)) == 0
-        assert count(Recipe(density=0.05, seed=1)) == tensors
         # Only what one group reaches further for.
         assert count(Recipe(density=0.05, seed=1, group_densities={"mlp": 3.0})) == 1
         live.apply_base()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from pruning import prune
 
 from nps_compress.dtypes import BY_NAME, round_float32, to_float32
 from nps_compress.prune import (
@@ -11,7 +12,6 @@ from nps_compress.prune import (
     Reach,
     Weighting,
     plan,
-    prune,
     reach,
     select,
     tensor_seed,
@@ -32,7 +32,7 @@ def vectors(rng):
 
 def ranking_of(base, tuned) -> Ranking:
     histogram = Histogram.empty()
-    assert histogram.add(base, tuned)
+    assert histogram.add(tuned - base)
     return Ranking.of([histogram])
 
 
@@ -153,7 +153,7 @@ def test_histogram_reports_what_is_not_finite():
     for value in (np.nan, np.inf, -np.inf):
         tuned = base.copy()
         tuned[3] = value
-        assert not Histogram.empty().add(base, tuned)
+        assert not Histogram.empty().add(tuned - base)
 
 
 def test_edges_cut_at_the_asked_ranks(vectors):
@@ -219,11 +219,11 @@ def test_nothing_finite_becomes_infinite(rule):
 
 
 def test_rounding_inside_the_kernel_is_the_rounding_outside(rng):
-    from nps_compress.prune import _rounded
+    from nps_compress.rounding import rounded
 
     values = (rng.normal(0, 1, 20_000) * 2.0 ** rng.integers(-30, 15, 20_000)).astype(np.float32)
     for dtype, dropped in ((BF16, 16), (F16, 13), (F32, 0)):
-        inside = np.array([_rounded(v, np.uint32(dropped)) for v in values], np.float32)
+        inside = np.array([rounded(v, np.uint32(dropped)) for v in values], np.float32)
         assert np.array_equal(inside, to_float32(round_float32(values, dtype), dtype))
 
 
@@ -281,72 +281,20 @@ class TestRandom:
         assert set(np.round(ratio, 5)) == {0.5, 2.0}
 
 
-class TestEligible:
-    def options(self, share, density=0.02, **more):
-        return {"rule": "sampled", "density": density, "eligible": share, **more}
-
-    @pytest.mark.parametrize("share", [0.08, 0.4])
-    def test_density_and_expectation(self, vectors, share):
-        base, tuned = np.zeros(N, np.float32), vectors[1] - vectors[0]
-        tau, seeds = tuned.astype(np.float64), 150
-        words = base.view(np.uint32), tuned.view(np.uint32)
-        selection, mean, kept = at_random(*words, seeds, **self.options(share))
-        assert kept == pytest.approx(0.02 * N, rel=0.01)
-        probability = share * np.minimum(1, np.abs(tau) / selection.step)
-        assert_unbiased(mean, tau, np.abs(tau) * np.sqrt(1 / probability - 1), seeds)
-
-    def test_values_grow_by_the_share(self, vectors):
-        base, tuned = np.zeros(N, np.float32), vectors[1] - vectors[0]
-        selection = plan(ranking_of(base, tuned), **self.options(0.25))
-        out = run(selection, base, tuned).view(np.float32)
-        certain = np.abs(tuned) >= selection.step
-        kept = out != 0
-        assert set(np.abs(out[kept & ~certain])) == {np.float32(selection.step / 0.25)}
-        assert np.allclose(out[kept & certain], tuned[kept & certain] / 0.25, rtol=1e-6)
-        assert (kept & certain).any()
-
-    def test_the_seed_alone_says_where(self, vectors, rng):
-        """Whatever the values are, and whatever else is asked, only these positions are kept."""
-        share, seed = 0.1, tensor_seed(3, "w")
-        full = np.ones(N, np.float32)
-        everywhere = plan(ranking_of(0 * full, full), "random", share)  # keeps all that may be
-        allowed = run(everywhere, 0 * full, full, seed=seed).view(np.float32) != 0
-        assert allowed.mean() == pytest.approx(share, rel=0.05)
-        for density, grid in ((0.002, False), (0.02, True), (0.08, False)):
-            base = rng.normal(0, 0.02, N).astype(np.float32)
-            tuned = base + rng.standard_t(3, N).astype(np.float32) * np.float32(1e-3)
-            selection = plan(ranking_of(base, tuned), **self.options(share, density, grid=grid))
-            kept = run(selection, base, tuned, seed=seed).view(np.float32) != base
-            assert not (kept & ~allowed).any()
-            assert kept.sum() == pytest.approx(density * N, rel=0.1)
-        other = run(everywhere, 0 * full, full, seed=tensor_seed(4, "w")).view(np.float32) != 0
-        assert (other & allowed).mean() == pytest.approx(share**2, rel=0.1)
-
-    def test_eligible_and_kept_are_drawn_apart(self, vectors):
-        """Among eligible positions, what is kept is a matter of size alone."""
-        base, tuned = np.zeros(N, np.float32), np.full(N, 1e-3, np.float32)
-        full = run(plan(ranking_of(base, tuned), "random", 0.5), base, tuned).view(np.float32) != 0
-        selection = plan(ranking_of(base, tuned), **self.options(0.5, 0.1))
-        kept = run(selection, base, tuned).view(np.float32) != 0
-        assert kept.sum() == pytest.approx(0.1 * N, rel=0.05)
-        assert kept[full].mean() == pytest.approx(0.2, rel=0.05)
-
-
 class TestGrid:
-    @pytest.mark.parametrize("eligible", [1.0, 0.4])
-    def test_values_are_multiples_of_the_step(self, vectors, eligible):
+    def test_values_are_multiples_of_the_step(self, vectors):
         base, tuned = np.zeros(N, np.float32), vectors[1] - vectors[0]
         ranking = ranking_of(base, tuned)
-        selection = plan(ranking, "sampled", 0.1, eligible=eligible, grid=True)
+        selection = plan(ranking, "sampled", 0.1, grid=True)
         out = run(selection, base, tuned).view(np.float32)
-        levels = out.astype(np.float64) * eligible / selection.step
+        levels = out.astype(np.float64) / selection.step
         assert np.abs(levels - np.rint(levels)).max() < 1e-4
         assert {1, 2, 3, 4} <= set(np.abs(np.rint(levels)).astype(int))
         certain = np.abs(tuned) >= selection.step
         kept = certain & (out != 0)
-        assert (np.abs(out - tuned / eligible)[kept] < selection.step / eligible * 1.0001).all()
+        assert (np.abs(out - tuned)[kept] < selection.step * 1.0001).all()
         # Below the step, all is as without.
-        plain = plan(ranking, "sampled", 0.1, eligible=eligible)
+        plain = plan(ranking, "sampled", 0.1)
         assert np.array_equal(run(plain, base, tuned).view(np.float32)[~certain], out[~certain])
 
     def test_expectation(self, vectors):
@@ -394,7 +342,7 @@ class TestGroups:
     def plan(self, taus, rule, density, scale, rank, **options):
         histograms = [Histogram.empty() for _ in taus]
         for histogram, tau in zip(histograms, taus, strict=True):
-            assert histogram.add(0 * tau, tau)
+            assert histogram.add(tau)
         weighting = Weighting(np.array([scale]).T, np.array([rank]).T)
         return plan(Ranking.of(histograms), rule, density, (), weighting, **options)
 
@@ -462,7 +410,7 @@ class TestGroups:
             factors = np.exp(rng.normal(0, 0.7, (4, 2)))
             histograms = [Histogram.empty() for _ in taus]
             for histogram, tau in zip(histograms, taus, strict=True):
-                histogram.add(0 * tau, tau)
+                histogram.add(tau)
             weighting = Weighting(factors[:2], factors[2:])
             density = float(np.exp(rng.uniform(-5, -0.5)))
             selection = plan(Ranking.of(histograms), rule, density, (0.03,), weighting)
@@ -489,15 +437,15 @@ class TestShortList:
         return request.param, before, tau, importance
 
     def candidates(self, elements, rng, rule, **options):
-        _, before, tau, importance = elements
+        _, _, tau, importance = elements
         histogram = Histogram.empty()
-        histogram.add(before, before + tau, importance)
+        histogram.add(tau, importance)
         ranking = Ranking.of([histogram])
         for _ in range(30):
             factors = np.exp(rng.normal(0, 0.3, (2, 1, 4)))
             density = float(0.02 * np.exp(rng.normal(0, 0.2)))
-            if rule == "random" or "eligible" in options:
-                density = 0.02  # the eligible share is not what a search varies
+            if rule == "random":
+                density = 0.02  # not what a search varies
             yield plan(ranking, rule, density, (0.1, 0.05, 0.01), Weighting(*factors), **options)
 
     @pytest.mark.parametrize(
@@ -505,15 +453,16 @@ class TestShortList:
         [
             ("magnitude", {}),
             ("sampled", {}),
-            ("sampled", {"eligible": 0.1}),
             ("sampled", {"grid": True}),
-            ("sampled", {"eligible": 0.1, "grid": True}),
+            ("signs", {}),
             ("random", {}),
         ],
     )
     def test_what_is_within_reach_gives_the_same_words(self, elements, rng, rule, options):
         dtype, before, tau, importance = elements
         seed, nothing = tensor_seed(1, "w"), np.empty(0, np.uint32)
+        if rule == "signs":
+            importance = np.abs(tau) * importance  # the scores themselves
         whole = Elements(before, tau, importance, nothing)
         limits: Reach | None = None
         covered = 0
@@ -549,7 +498,7 @@ class TestShortList:
         """And would have lost something."""
         dtype, before, tau, importance = elements
         histogram = Histogram.empty()
-        histogram.add(before, before + tau, importance)
+        histogram.add(tau, importance)
         seed, nothing = tensor_seed(1, "w"), np.empty(0, np.uint32)
         whole = Elements(before, tau, importance, nothing)
         for rule in ("magnitude", "sampled"):

@@ -20,6 +20,7 @@ from nps_compress.cli import main
 from nps_compress.fitness import Fitness, natural_metric
 from nps_compress.measured import Measured
 from nps_compress.models import load_model
+from nps_compress.packing import RETAIN_RULES
 from nps_compress.retain import Yardstick
 
 
@@ -114,7 +115,7 @@ class TestRules:
             )
 
     def test_what_belongs_to_one_rule_stays_with_it(self):
-        """eligible and grid say nothing to magnitude."""
+        """A grid says nothing to magnitude."""
         asked = []
 
         def measure(recipe):
@@ -126,18 +127,12 @@ class TestRules:
         recipe, _ = retain_module.find_recipe(
             measure,
             Yardstick("accuracy", right(0), right(1)),
-            Recipe(prune="sampled", eligible=4.0, grid=True, seed=3),
+            Recipe(prune="sampled", grid=True, seed=3),
             ("sampled", "magnitude"),
             0.99,
         )
-        assert (recipe.prune, recipe.eligible, recipe.grid, recipe.seed) == (
-            "magnitude",
-            0,
-            False,
-            3,
-        )
-        sampled = [recipe for recipe in asked if recipe.prune == "sampled"]
-        assert {(recipe.eligible, recipe.grid) for recipe in sampled} == {(4.0, True)}
+        assert (recipe.prune, recipe.grid, recipe.seed) == ("magnitude", False, 3)
+        assert {recipe.grid for recipe in asked if recipe.prune == "sampled"} == {True}
 
     @pytest.mark.parametrize("scores", [(0.5, 0.5), (0.5, 0.4), (0.5, math.nan)])
     def test_nothing_gained(self, scores):
@@ -165,14 +160,13 @@ class TestRules:
                 rules=rules,
             )
 
-        both, one, other = (
-            pack(*call) for call in (("a", ()), ("b", ("sampled",)), ("c", ("magnitude",)))
-        )
-        assert {t.prune for t in both.quality.trials} == {"sampled", "magnitude"}
-        assert both.quality.trials == one.quality.trials + other.quality.trials
-        least = min((one, other), key=lambda report: report.quality.density)
-        assert both.recipe == least.recipe
-        assert {t.prune for t in other.quality.trials} == {other.recipe.prune} == {"magnitude"}
+        each = [pack(rule, (rule,)) for rule in RETAIN_RULES]
+        every = pack("all", ())
+        assert every.quality.trials == sum((report.quality.trials for report in each), ())
+        least = min(each, key=lambda report: report.file_bytes)
+        assert every.recipe == least.recipe
+        for rule, report in zip(RETAIN_RULES, each, strict=True):
+            assert {t.prune for t in report.quality.trials} == {report.recipe.prune} == {rule}
 
     def test_a_search_goes_on_below_the_least_density(self, classifier_pair, tmp_path):
         base, tuned, calibration = classifier_pair
@@ -284,7 +278,9 @@ class TestPack:
         assert quality.retained >= 0.9
         assert quality.low <= quality.retained <= quality.high
         assert quality.finetuned == 1
-        assert min(t.density for t in quality.trials if t.retained >= 0.9) == quality.density
+        enough = [t for t in quality.trials if t.retained >= 0.9]
+        rule = report.recipe.prune
+        assert min(t.density for t in enough if t.prune == rule) == quality.density
         # The unpacked model has the score that the report states.
         nps_compress.unpack(base, out, tmp_path / "out")
         fitness = Fitness(tuned, read_examples(calibration), "agreement")
@@ -367,7 +363,7 @@ class TestPack:
 
         done = run("--calibration", calibration, "--fitness", "agreement")
         assert done.exit_code == 0, done.output
-        assert re.search(r"kept by --prune (sampled|magnitude) at density", done.stdout)
+        assert re.search(r"kept by --prune (signs|sampled|magnitude) at density", done.stdout)
         assert "on other data of this kind expect" in done.stdout
         assert "are too few to promise 90.00%" in done.stderr
         done = run("--calibration", calibration, "--fitness", "agreement", "--force", "--json")

@@ -1,4 +1,4 @@
-# From nps.ksy, SHA-256 155d34e43ca7852dae5f14194cc01a499783ab2d43678e4da6e8f34a33e074b9
+# From nps.ksy, SHA-256 5756b47c6a16fec531ef64a7da44ec646cc3ed2fbb505eaaf967bb37260cd40f
 # This is a generated file! Please edit source .ksy file and use kaitai-struct-compiler to rebuild
 # type: ignore
 
@@ -49,6 +49,8 @@ class Nps(KaitaiStruct):
         bitmask = 2
         gap8 = 3
         gap16 = 4
+        drawn = 7
+        parameters = 8
 
     class Op(IntEnum):
         copy = 1
@@ -60,6 +62,8 @@ class Nps(KaitaiStruct):
         replace = 1
         xor = 2
         ulp = 3
+        signs = 16
+        levels = 17
     def __init__(self, _io, _parent=None, _root=None):
         super(Nps, self).__init__(_io)
         self._parent = _parent
@@ -145,7 +149,30 @@ class Nps(KaitaiStruct):
             self._read()
 
         def _read(self):
-            self.mask = self._io.read_bytes(self.record.mask_stored_bytes)
+            if (not (self.record.is_parameters)):
+                pass
+                self.mask = self._io.read_bytes(self.record.mask_stored_bytes)
+
+            if  ((self.record.is_parameters) and (self.record.tensor.is_signs) and (self.record.mask_compressed == 0)) :
+                pass
+                self._raw_signs_raw = self._io.read_bytes(self.record.mask_stored_bytes)
+                _io__raw_signs_raw = KaitaiStream(BytesIO(self._raw_signs_raw))
+                self.signs_raw = Nps.SignsParameters(self.record, _io__raw_signs_raw, self, self._root)
+
+            if  ((self.record.is_parameters) and (self.record.tensor.is_signs) and (self.record.mask_compressed == 1)) :
+                pass
+                self._raw__raw_signs_zstd = self._io.read_bytes(self.record.mask_stored_bytes)
+                _process = NpsZstd(self.record.mask_raw_bytes)
+                self._raw_signs_zstd = _process.decode(self._raw__raw_signs_zstd)
+                _io__raw_signs_zstd = KaitaiStream(BytesIO(self._raw_signs_zstd))
+                self.signs_zstd = Nps.SignsParameters(self.record, _io__raw_signs_zstd, self, self._root)
+
+            if  ((self.record.is_parameters) and ((not (self.record.tensor.is_signs)))) :
+                pass
+                self._raw_levels = self._io.read_bytes(self.record.mask_stored_bytes)
+                _io__raw_levels = KaitaiStream(BytesIO(self._raw_levels))
+                self.levels = Nps.LevelsParameters(_io__raw_levels, self, self._root)
+
             self.planes = []
             for i in range(self.record.tensor.width):
                 self.planes.append(self._io.read_bytes(self.record.plane_stored_bytes[i]))
@@ -154,18 +181,44 @@ class Nps(KaitaiStruct):
             for i in range((8 - self._io.pos() % 8) % 8):
                 self.padding.append(self._io.read_u1())
                 if not self.padding[i] == 0:
-                    raise kaitaistruct.ValidationNotEqualError(0, self.padding[i], self._io, u"/types/chunk/seq/2")
+                    raise kaitaistruct.ValidationNotEqualError(0, self.padding[i], self._io, u"/types/chunk/seq/5")
 
 
 
         def _fetch_instances(self):
             pass
+            if (not (self.record.is_parameters)):
+                pass
+
+            if  ((self.record.is_parameters) and (self.record.tensor.is_signs) and (self.record.mask_compressed == 0)) :
+                pass
+                self.signs_raw._fetch_instances()
+
+            if  ((self.record.is_parameters) and (self.record.tensor.is_signs) and (self.record.mask_compressed == 1)) :
+                pass
+                self.signs_zstd._fetch_instances()
+
+            if  ((self.record.is_parameters) and ((not (self.record.tensor.is_signs)))) :
+                pass
+                self.levels._fetch_instances()
+
             for i in range(len(self.planes)):
                 pass
 
             for i in range(len(self.padding)):
                 pass
 
+
+        @property
+        def signs(self):
+            if hasattr(self, '_m_signs'):
+                return self._m_signs
+
+            if  ((self.record.is_parameters) and (self.record.tensor.is_signs)) :
+                pass
+                self._m_signs = (self.signs_raw if self.record.mask_compressed == 0 else self.signs_zstd)
+
+            return getattr(self, '_m_signs', None)
 
 
     class ChunkData(KaitaiStruct):
@@ -208,8 +261,8 @@ class Nps(KaitaiStruct):
 
 
     class ChunkRecord(KaitaiStruct):
-        """A stream that is not compressed is stored in its raw size (a plane's is nnz); a compressed one
-        in fewer bytes, but at least 1/32768 of them.
+        """A stream that is not compressed is stored in its raw size; a compressed one in fewer bytes,
+        but at least 1/32768 of them.
 
         .. seealso::
            format_spec/SPEC.md, section 3.5: Chunk record
@@ -231,7 +284,7 @@ class Nps(KaitaiStruct):
                 raise kaitaistruct.ValidationGreaterThanError(self.elements, self.nnz, self._io, u"/types/chunk_record/seq/2")
             self.mask_codec = KaitaiStream.resolve_enum(Nps.MaskCodec, self._io.read_u1())
             _ = self.mask_codec
-            if not (_ == Nps.MaskCodec.empty if self.nnz == 0 else (_ == Nps.MaskCodec.full if self.nnz == self.elements else  ((_ == Nps.MaskCodec.bitmask) or (_ == Nps.MaskCodec.gap8) or (_ == Nps.MaskCodec.gap16)) )):
+            if not (_ == Nps.MaskCodec.parameters if self.is_parameters else (_ == Nps.MaskCodec.drawn if self.tensor.is_signs else ( ((_ == Nps.MaskCodec.full) and (self.nnz == self.elements))  if self.tensor.has_parameters else (_ == Nps.MaskCodec.empty if self.nnz == 0 else (_ == Nps.MaskCodec.full if self.nnz == self.elements else  ((_ == Nps.MaskCodec.bitmask) or (_ == Nps.MaskCodec.gap8) or (_ == Nps.MaskCodec.gap16)) ))))):
                 raise kaitaistruct.ValidationExprError(self.mask_codec, self._io, u"/types/chunk_record/seq/3")
             self.check_full = self._io.read_bytes(0)
             _ = self.check_full
@@ -241,14 +294,14 @@ class Nps(KaitaiStruct):
             if not self.mask_compressed <= 1:
                 raise kaitaistruct.ValidationGreaterThanError(1, self.mask_compressed, self._io, u"/types/chunk_record/seq/5")
             self.planes_compressed = self._io.read_u1()
-            if not self.planes_compressed <= (1 << self.tensor.width) - 1:
-                raise kaitaistruct.ValidationGreaterThanError((1 << self.tensor.width) - 1, self.planes_compressed, self._io, u"/types/chunk_record/seq/6")
+            if not self.planes_compressed <= (0 if self.tensor.is_signs else (1 << self.planes) - 1):
+                raise kaitaistruct.ValidationGreaterThanError((0 if self.tensor.is_signs else (1 << self.planes) - 1), self.planes_compressed, self._io, u"/types/chunk_record/seq/6")
             self.reserved = self._io.read_bytes(1)
             if not self.reserved == b"\x00":
                 raise kaitaistruct.ValidationNotEqualError(b"\x00", self.reserved, self._io, u"/types/chunk_record/seq/7")
             self.check_mask_raw_bytes = self._io.read_bytes(0)
             _ = self.check_mask_raw_bytes
-            if not (self.mask_raw_bytes == (self.elements + 7) // 8 if self.mask_codec == Nps.MaskCodec.bitmask else ( ((self.mask_raw_bytes >= self.nnz) and (self.mask_raw_bytes <= self.nnz + (self.elements - self.nnz) // 255))  if self.mask_codec == Nps.MaskCodec.gap8 else ( ((self.mask_raw_bytes % 2 == 0) and (self.mask_raw_bytes >= 2 * self.nnz) and (self.mask_raw_bytes <= 2 * (self.nnz + (self.elements - self.nnz) // 65535)))  if self.mask_codec == Nps.MaskCodec.gap16 else self.mask_raw_bytes == 0))):
+            if not (( ((self.mask_raw_bytes >= self.exponents + 32) and (self.mask_raw_bytes <= (self.exponents + 16) + 16 * 64) and ((self.mask_raw_bytes - self.exponents) % 16 == 0))  if self.tensor.is_signs else self.mask_raw_bytes == 2) if self.is_parameters else (self.mask_raw_bytes == (self.elements + 7) // 8 if self.mask_codec == Nps.MaskCodec.bitmask else ( ((self.mask_raw_bytes >= self.nnz) and (self.mask_raw_bytes <= self.nnz + (self.elements - self.nnz) // 255))  if self.mask_codec == Nps.MaskCodec.gap8 else ( ((self.mask_raw_bytes % 2 == 0) and (self.mask_raw_bytes >= 2 * self.nnz) and (self.mask_raw_bytes <= 2 * (self.nnz + (self.elements - self.nnz) // 65535)))  if self.mask_codec == Nps.MaskCodec.gap16 else self.mask_raw_bytes == 0)))):
                 raise kaitaistruct.ValidationExprError(self.check_mask_raw_bytes, self._io, u"/types/chunk_record/seq/8")
             self.check_mask_stored_bytes = self._io.read_bytes(0)
             _ = self.check_mask_stored_bytes
@@ -258,7 +311,7 @@ class Nps(KaitaiStruct):
             for i in range(8):
                 self.plane_stored_bytes.append(self._io.read_u4le())
                 _ = self.plane_stored_bytes[i]
-                if not (_ == 0 if i >= self.tensor.width else (_ == self.nnz if self.planes_compressed >> i & 1 == 0 else  ((_ < self.nnz) and (_ * 32768 >= self.nnz)) )):
+                if not (_ == 0 if i >= self.planes else (_ == self.plane_raw_bytes if self.planes_compressed >> i & 1 == 0 else  ((_ < self.plane_raw_bytes) and (_ * 32768 >= self.plane_raw_bytes)) )):
                     raise kaitaistruct.ValidationExprError(self.plane_stored_bytes[i], self._io, u"/types/chunk_record/seq/10")
 
             self.sha256_64 = self._io.read_bytes(8)
@@ -280,7 +333,7 @@ class Nps(KaitaiStruct):
             if hasattr(self, '_m_elements'):
                 return self._m_elements
 
-            self._m_elements = (self.elements_from_here if self.elements_from_here < self.tensor.chunk_elements else self.tensor.chunk_elements)
+            self._m_elements = (0 if self.is_parameters else (self.elements_from_here if self.elements_from_here < self.tensor.chunk_elements else self.tensor.chunk_elements))
             return getattr(self, '_m_elements', None)
 
         @property
@@ -288,7 +341,7 @@ class Nps(KaitaiStruct):
             if hasattr(self, '_m_elements_from_here'):
                 return self._m_elements_from_here
 
-            self._m_elements_from_here = self.tensor.shape.elements - self.number * self.tensor.chunk_elements
+            self._m_elements_from_here = self.tensor.shape.elements - (self.number - self.tensor.parameter_chunks) * self.tensor.chunk_elements
             return getattr(self, '_m_elements_from_here', None)
 
         @property
@@ -296,8 +349,43 @@ class Nps(KaitaiStruct):
             if hasattr(self, '_m_end_raw_bytes'):
                 return self._m_end_raw_bytes
 
-            self._m_end_raw_bytes = (self.raw_bytes + self.mask_raw_bytes) + self.tensor.width * self.nnz
+            self._m_end_raw_bytes = (self.raw_bytes + self.mask_raw_bytes) + self.planes * self.plane_raw_bytes
             return getattr(self, '_m_end_raw_bytes', None)
+
+        @property
+        def exponents(self):
+            """Number of exponents among the parameters of signs, of one byte each."""
+            if hasattr(self, '_m_exponents'):
+                return self._m_exponents
+
+            self._m_exponents = 2 * (self.tensor.rows + self.tensor.columns)
+            return getattr(self, '_m_exponents', None)
+
+        @property
+        def is_parameters(self):
+            """The mask stream holds parameters; there are no elements and no planes."""
+            if hasattr(self, '_m_is_parameters'):
+                return self._m_is_parameters
+
+            self._m_is_parameters =  ((self.tensor.has_parameters) and (self.number == 0))
+            return getattr(self, '_m_is_parameters', None)
+
+        @property
+        def plane_raw_bytes(self):
+            if hasattr(self, '_m_plane_raw_bytes'):
+                return self._m_plane_raw_bytes
+
+            self._m_plane_raw_bytes = ((self.nnz + 7) // 8 if self.tensor.is_signs else self.nnz)
+            return getattr(self, '_m_plane_raw_bytes', None)
+
+        @property
+        def planes(self):
+            """Number of planes; those from here to the dtype's width on are empty."""
+            if hasattr(self, '_m_planes'):
+                return self._m_planes
+
+            self._m_planes = (0 if self.is_parameters else (1 if self.tensor.has_parameters else self.tensor.width))
+            return getattr(self, '_m_planes', None)
 
 
     class ChunkRecords(KaitaiStruct):
@@ -370,13 +458,14 @@ class Nps(KaitaiStruct):
         .. seealso::
            format_spec/SPEC.md, section 3.2: Base record
         """
-        def __init__(self, is_used, nonzero, elements, _io, _parent=None, _root=None):
+        def __init__(self, is_used, nonzero, elements, columns, _io, _parent=None, _root=None):
             super(Nps.Dim, self).__init__(_io)
             self._parent = _parent
             self._root = _root
             self.is_used = is_used
             self.nonzero = nonzero
             self.elements = elements
+            self.columns = columns
             self._read()
 
         def _read(self):
@@ -388,6 +477,14 @@ class Nps(KaitaiStruct):
 
         def _fetch_instances(self):
             pass
+
+        @property
+        def end_columns(self):
+            if hasattr(self, '_m_end_columns'):
+                return self._m_end_columns
+
+            self._m_end_columns = (self.columns * self.size if self.is_used else self.columns)
+            return getattr(self, '_m_end_columns', None)
 
         @property
         def end_elements(self):
@@ -769,6 +866,30 @@ class Nps(KaitaiStruct):
             pass
 
 
+    class LevelsParameters(KaitaiStruct):
+        """A change is a multiple of 2^(exponent / 2).
+
+        .. seealso::
+           format_spec/SPEC.md, section 6: Value codecs
+        """
+        def __init__(self, _io, _parent=None, _root=None):
+            super(Nps.LevelsParameters, self).__init__(_io)
+            self._parent = _parent
+            self._root = _root
+            self._read()
+
+        def _read(self):
+            self.exponent = self._io.read_s2le()
+            if not self.exponent >= -120:
+                raise kaitaistruct.ValidationLessThanError(-120, self.exponent, self._io, u"/types/levels_parameters/seq/0")
+            if not self.exponent <= 120:
+                raise kaitaistruct.ValidationGreaterThanError(120, self.exponent, self._io, u"/types/levels_parameters/seq/0")
+
+
+        def _fetch_instances(self):
+            pass
+
+
     class Name(KaitaiStruct):
         """A tensor's name: 1 to 512 bytes of UTF-8 without control characters. `octets` are read for the
         sake of their check, `bytes` to compare names by their bytes in languages that do not compare
@@ -852,7 +973,7 @@ class Nps(KaitaiStruct):
         def _read(self):
             self.dims = []
             for i in range(8):
-                self.dims.append(Nps.Dim(i < self.rank, (1 if i == 0 else self.dims[i - 1].end_nonzero), (1 if i == 0 else self.dims[i - 1].end_elements), self._io, self, self._root))
+                self.dims.append(Nps.Dim(i < self.rank, (1 if i == 0 else self.dims[i - 1].end_nonzero), (1 if i == 0 else self.dims[i - 1].end_elements), (1 if i < 2 else self.dims[i - 1].end_columns), self._io, self, self._root))
 
 
 
@@ -886,6 +1007,143 @@ class Nps(KaitaiStruct):
 
             self._m_elements = self.dims[-1].end_elements
             return getattr(self, '_m_elements', None)
+
+
+    class SignsParameters(KaitaiStruct):
+        """Which elements are drawn, and how large their changes are. Exponents are in half octaves: an
+        exponent e stands for the factor 2^(e / 2).
+
+        .. seealso::
+           format_spec/SPEC.md, section 6: Value codecs
+        """
+        def __init__(self, record, _io, _parent=None, _root=None):
+            super(Nps.SignsParameters, self).__init__(_io)
+            self._parent = _parent
+            self._root = _root
+            self.record = record
+            self._read()
+
+        def _read(self):
+            self.seed = self._io.read_u8le()
+            self.gain = self._io.read_f4le()
+            _ = self.gain
+            if not _ <= 3.4028234663852886E+38:
+                raise kaitaistruct.ValidationExprError(self.gain, self._io, u"/types/signs_parameters/seq/1")
+            self.check_gain = self._io.read_bytes(0)
+            _ = self.check_gain
+            if not self.gain_bits < 2147483648:
+                raise kaitaistruct.ValidationExprError(self.check_gain, self._io, u"/types/signs_parameters/seq/2")
+            self.num_subspaces = self._io.read_u2le()
+            if not self.num_subspaces == ((self.record.mask_raw_bytes - 16) - self.record.exponents) // 16:
+                raise kaitaistruct.ValidationNotEqualError(((self.record.mask_raw_bytes - 16) - self.record.exponents) // 16, self.num_subspaces, self._io, u"/types/signs_parameters/seq/3")
+            self.reserved = self._io.read_bytes(2)
+            if not self.reserved == b"\x00\x00":
+                raise kaitaistruct.ValidationNotEqualError(b"\x00\x00", self.reserved, self._io, u"/types/signs_parameters/seq/4")
+            self.subspaces = []
+            for i in range(self.num_subspaces):
+                self.subspaces.append(Nps.Subspace(i, (-32768 if i == 0 else self.subspaces[i - 1].first), self._io, self, self._root))
+
+            self.size_rows = []
+            for i in range(self.record.tensor.rows):
+                self.size_rows.append(self._io.read_s1())
+                _ = self.size_rows[i]
+                if not  ((_ == -128) or ( ((_ >= -60) and (_ <= 60)) )) :
+                    raise kaitaistruct.ValidationExprError(self.size_rows[i], self._io, u"/types/signs_parameters/seq/6")
+
+            self.size_columns = []
+            for i in range(self.record.tensor.columns):
+                self.size_columns.append(self._io.read_s1())
+                _ = self.size_columns[i]
+                if not  ((_ == -128) or ( ((_ >= -60) and (_ <= 60)) )) :
+                    raise kaitaistruct.ValidationExprError(self.size_columns[i], self._io, u"/types/signs_parameters/seq/7")
+
+            self.importance_rows = []
+            for i in range(self.record.tensor.rows):
+                self.importance_rows.append(self._io.read_s1())
+                if not self.importance_rows[i] >= -60:
+                    raise kaitaistruct.ValidationLessThanError(-60, self.importance_rows[i], self._io, u"/types/signs_parameters/seq/8")
+                if not self.importance_rows[i] <= 60:
+                    raise kaitaistruct.ValidationGreaterThanError(60, self.importance_rows[i], self._io, u"/types/signs_parameters/seq/8")
+
+            self.importance_columns = []
+            for i in range(self.record.tensor.columns):
+                self.importance_columns.append(self._io.read_s1())
+                if not self.importance_columns[i] >= -60:
+                    raise kaitaistruct.ValidationLessThanError(-60, self.importance_columns[i], self._io, u"/types/signs_parameters/seq/9")
+                if not self.importance_columns[i] <= 60:
+                    raise kaitaistruct.ValidationGreaterThanError(60, self.importance_columns[i], self._io, u"/types/signs_parameters/seq/9")
+
+
+
+        def _fetch_instances(self):
+            pass
+            for i in range(len(self.subspaces)):
+                pass
+                self.subspaces[i]._fetch_instances()
+
+            for i in range(len(self.size_rows)):
+                pass
+
+            for i in range(len(self.size_columns)):
+                pass
+
+            for i in range(len(self.importance_rows)):
+                pass
+
+            for i in range(len(self.importance_columns)):
+                pass
+
+            _ = self.gain_bits
+            if hasattr(self, '_m_gain_bits'):
+                pass
+
+
+        @property
+        def gain_bits(self):
+            if hasattr(self, '_m_gain_bits'):
+                return self._m_gain_bits
+
+            _pos = self._io.pos()
+            self._io.seek(8)
+            self._m_gain_bits = self._io.read_u4le()
+            self._io.seek(_pos)
+            return getattr(self, '_m_gain_bits', None)
+
+
+    class Subspace(KaitaiStruct):
+        """Elements whose exponents add up to `first` or more, but less than the next one's.
+
+        .. seealso::
+           format_spec/SPEC.md, section 6: Value codecs
+        """
+        def __init__(self, number, previous, _io, _parent=None, _root=None):
+            super(Nps.Subspace, self).__init__(_io)
+            self._parent = _parent
+            self._root = _root
+            self.number = number
+            self.previous = previous
+            self._read()
+
+        def _read(self):
+            self.first = self._io.read_s2le()
+            _ = self.first
+            if not (_ == -32768 if self.number == 0 else _ > self.previous):
+                raise kaitaistruct.ValidationExprError(self.first, self._io, u"/types/subspace/seq/0")
+            self.reserved = self._io.read_bytes(2)
+            if not self.reserved == b"\x00\x00":
+                raise kaitaistruct.ValidationNotEqualError(b"\x00\x00", self.reserved, self._io, u"/types/subspace/seq/1")
+            self.scale = self._io.read_f4le()
+            _ = self.scale
+            if not  ((_ > 0) and (_ <= 3.4028234663852886E+38)) :
+                raise kaitaistruct.ValidationExprError(self.scale, self._io, u"/types/subspace/seq/2")
+            self.rate = self._io.read_f8le()
+            _ = self.rate
+            if not  ((_ > 0) and (_ <= 1.7976931348623157E+308)) :
+                raise kaitaistruct.ValidationExprError(self.rate, self._io, u"/types/subspace/seq/3")
+
+
+        def _fetch_instances(self):
+            pass
 
 
     class TensorRecord(KaitaiStruct):
@@ -923,7 +1181,7 @@ class Nps(KaitaiStruct):
                 raise kaitaistruct.ValidationExprError(self.op, self._io, u"/types/tensor_record/seq/3")
             self.value_codec = KaitaiStream.resolve_enum(Nps.ValueCodec, self._io.read_u1())
             _ = self.value_codec
-            if not (_ == Nps.ValueCodec.none if self.op == Nps.Op.copy else (_ == Nps.ValueCodec.replace if self.op == Nps.Op.new else  ((_ == Nps.ValueCodec.replace) or (_ == Nps.ValueCodec.xor) or ( ((_ == Nps.ValueCodec.ulp) and ( ((self.dtype == Nps.Dtype.f16) or (self.dtype == Nps.Dtype.bf16) or (self.dtype == Nps.Dtype.f32) or (self.dtype == Nps.Dtype.f64)) )) )) )):
+            if not (_ == Nps.ValueCodec.none if self.op == Nps.Op.copy else (_ == Nps.ValueCodec.replace if self.op == Nps.Op.new else  ((_ == Nps.ValueCodec.replace) or (_ == Nps.ValueCodec.xor) or ( ((_ == Nps.ValueCodec.ulp) and ( ((self.dtype == Nps.Dtype.f16) or (self.dtype == Nps.Dtype.bf16) or (self.dtype == Nps.Dtype.f32) or (self.dtype == Nps.Dtype.f64)) )) ) or ( (( ((_ == Nps.ValueCodec.signs) or (_ == Nps.ValueCodec.levels)) ) and ( ((self.dtype == Nps.Dtype.f16) or (self.dtype == Nps.Dtype.bf16) or (self.dtype == Nps.Dtype.f32)) )) )) )):
                 raise kaitaistruct.ValidationExprError(self.value_codec, self._io, u"/types/tensor_record/seq/4")
             self.chunk_log2 = self._io.read_u1()
             _ = self.chunk_log2
@@ -995,8 +1253,16 @@ class Nps(KaitaiStruct):
             if hasattr(self, '_m_chunks'):
                 return self._m_chunks
 
-            self._m_chunks = (0 if self.op == Nps.Op.copy else ((self.shape.elements + self.chunk_elements) - 1) // self.chunk_elements)
+            self._m_chunks = (0 if self.op == Nps.Op.copy else self.parameter_chunks + ((self.shape.elements + self.chunk_elements) - 1) // self.chunk_elements)
             return getattr(self, '_m_chunks', None)
+
+        @property
+        def columns(self):
+            if hasattr(self, '_m_columns'):
+                return self._m_columns
+
+            self._m_columns = (self.shape.elements if self.rank < 2 else self.shape.dims[-1].end_columns)
+            return getattr(self, '_m_columns', None)
 
         @property
         def end_chunk(self):
@@ -1005,6 +1271,40 @@ class Nps(KaitaiStruct):
 
             self._m_end_chunk = self.first_chunk + self.chunks
             return getattr(self, '_m_end_chunk', None)
+
+        @property
+        def has_parameters(self):
+            """The first chunk holds parameters, no elements."""
+            if hasattr(self, '_m_has_parameters'):
+                return self._m_has_parameters
+
+            self._m_has_parameters =  ((self.is_signs) or (self.value_codec == Nps.ValueCodec.levels))
+            return getattr(self, '_m_has_parameters', None)
+
+        @property
+        def is_signs(self):
+            if hasattr(self, '_m_is_signs'):
+                return self._m_is_signs
+
+            self._m_is_signs = self.value_codec == Nps.ValueCodec.signs
+            return getattr(self, '_m_is_signs', None)
+
+        @property
+        def parameter_chunks(self):
+            if hasattr(self, '_m_parameter_chunks'):
+                return self._m_parameter_chunks
+
+            self._m_parameter_chunks = (1 if self.has_parameters else 0)
+            return getattr(self, '_m_parameter_chunks', None)
+
+        @property
+        def rows(self):
+            """The tensor as a matrix, for its parameters."""
+            if hasattr(self, '_m_rows'):
+                return self._m_rows
+
+            self._m_rows = (1 if self.rank < 2 else self.shape.dims[0].size)
+            return getattr(self, '_m_rows', None)
 
         @property
         def width(self):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from parts import DTYPES, Base, File, little, sha
-from reject import REJECT, WRONG_BASE, good
+from reject import BESIDE, REJECT, WRONG_BASE, good
 from valid import VALID
 
 
@@ -84,7 +84,8 @@ def generate() -> dict[str, bytes]:
     for name, build in REJECT.items():
         out[f"reject/{name}.nps"] = build()
         outcomes["reject"][name] = "-".join(name.split("-")[:2])
-    out["reject/D-DIGEST-delta.base.safetensors"] = safetensors(good().base)
+    for name, make in BESIDE.items():
+        out[f"reject/{name}.base.safetensors"] = safetensors(make().base)
     for name, change in WRONG_BASE.items():
         out[f"wrong_base/{name}.nps"] = good().build()
         base = good().base

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import struct
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -9,15 +11,19 @@ from typing import Any
 from parts import (
     BITMASK,
     DELTA,
+    DRAWN,
     EMPTY,
     FULL,
     GAP8,
     GAP16,
+    LEVELS,
     MAGIC,
     NEW,
     NO_BASE,
     NONE,
+    PARAMETERS,
     REPLACE,
+    SIGNS,
     ULP,
     XOR,
     Base,
@@ -36,6 +42,7 @@ from parts import (
     sha,
     side_file,
 )
+from signs import NEVER, Parameters, Subspace, levels, parameter_chunk, parameters, signs, weights
 from valid import VALID, expanding
 
 
@@ -256,7 +263,7 @@ reject("R-COPY-digest", lambda f: assign(f.tensors[1], sha256=sha(b"")))
 for _what, _row, _codec in (
     ("none-for-delta", 0, NONE),
     ("unknown", 0, 4),
-    ("quantised", 0, 16),
+    ("quantised", 0, 18),
     ("copy", 1, REPLACE),
     ("new-none", 2, NONE),
     ("new-xor", 2, XOR),
@@ -547,6 +554,429 @@ reject(
     "D-DIGEST-empty-new",
     lambda f: f.tensors.append(replace(new("z", "U8", [0], []), sha256=bytes(32))),
 )
+
+
+# -- signs and levels ----------------------------------------------------------------------------
+
+# Two data chunks, the second of 83 elements; rows of 27, so that random bits cross rows.
+SHAPE = [41, 27]
+
+
+def given() -> Parameters:
+    """About a fifth of all elements, in three subspaces."""
+    return parameters(
+        SHAPE,
+        2.0**-10,
+        seed=7,
+        subspaces=[Subspace(1.0, 200.0), Subspace(0.75, 150.0, 0), Subspace(1.25, 100.0, 2)],
+        size_rows=(0, 1, -3, 2),
+        size_columns=(1, 0, -2, NEVER, -1),
+        rows=(0, -1, 1),
+        columns=(2, 0, 0, -3),
+    )
+
+
+def good_signs() -> File:
+    """A tensor in levels of two chunks, one compressed, and one in signs of two chunks."""
+    bases = [
+        base_tensor("levels", "F32", [1030], [0x3F800000] * 1030),
+        base_tensor("signs", "BF16", SHAPE, weights("r", math.prod(SHAPE), "BF16")),
+    ]
+    tensors = [
+        levels("levels", bases, 0, -20, [3] * 1024 + [1, -2, 3, 0, 127, -128], compress=True),
+        signs("signs", bases, 1, given()),
+    ]
+    assert all(chunk.nnz % 8 for chunk in tensors[1].chunks[1:])
+    return File(base=bases, tensors=tensors)
+
+
+def with_signs(name: str, change: Callable[[File], Any]) -> None:
+    reject(name, change, good_signs)
+
+
+def levels_chunk(name: str, number: int, **values: Any) -> None:
+    """Chunk 0 holds the parameters, 1 a frame, 2 six bytes."""
+    with_signs(name, lambda f: assign(f.tensors[0].chunks[number], **values))
+
+
+def signs_chunk(name: str, number: int, **values: Any) -> None:
+    """Chunk 0 holds the parameters, 1 and 2 are raw."""
+    with_signs(name, lambda f: assign(f.tensors[1].chunks[number], **values))
+
+
+for _codec, _code in (("signs", SIGNS), ("levels", LEVELS)):
+    for _what, _dtype in (("f64", 16), ("i32", 7), ("c64", 17), ("u16", 4)):
+        reject(
+            f"R-VALUES-{_codec}-of-{_what}",
+            lambda f, c=_code, d=_dtype: (
+                assign(f.base[0], dtype=d),
+                assign(f.tensors[0], dtype=d, codec=c),
+            ),
+        )
+    reject(f"R-VALUES-{_codec}-copy", lambda f, c=_code: assign(f.tensors[1], codec=c))
+    reject(f"R-VALUES-{_codec}-new", lambda f, c=_code: assign(f.tensors[2], codec=c))
+    reject(f"R-VALUES-{_codec}-file", lambda f, c=_code: assign(f.files[0], codec=c))
+    # the chunks are those of another codec
+    reject(f"C-COUNT-{_codec}-parameters", lambda f, c=_code: assign(f.tensors[0], codec=c))
+with_signs("R-CHUNKLOG-signs", lambda f: assign(f.tensors[1], chunk_log2=9))
+with_signs("R-CHUNKLOG-levels", lambda f: assign(f.tensors[0], chunk_log2=25))
+with_signs("C-COUNT-signs-data", lambda f: f.tensors[1].chunks.pop())
+with_signs("C-COUNT-signs-more", lambda f: f.tensors[1].chunks.append(f.tensors[1].chunks[0]))
+with_signs("C-COUNT-levels-data", lambda f: f.tensors[0].chunks.pop())
+reject(
+    "C-COUNT-signs-of-nothing",
+    lambda f: f.tensors[-1].chunks.clear(),
+    lambda: VALID["signs-and-levels-of-nothing"](),
+)
+
+signs_chunk("C-NNZ-signs-parameters", 0, nnz=1)
+levels_chunk("C-NNZ-levels-parameters", 0, nnz=1)
+signs_chunk("C-NNZ-signs-short-chunk", 2, nnz=84)
+levels_chunk("C-NNZ-levels-over", 2, nnz=7)
+
+first_chunk("C-CODEC-drawn-in-ulp", codec=DRAWN, mask=b"", mask_raw=0)
+first_chunk("C-CODEC-parameters-in-ulp", codec=PARAMETERS)
+reject("C-CODEC-drawn-in-new", lambda f: assign(f.tensors[2].chunks[0], codec=DRAWN))
+for _what, _codec in (("drawn", DRAWN), ("parameters", PARAMETERS)):
+    reject(
+        f"C-CODEC-{_what}-of-nothing",
+        lambda f, c=_codec: assign(f.tensors[0].chunks[0], codec=c),
+        lambda: VALID["none-kept"](),
+    )
+for _what, _codec in (
+    *(("empty", EMPTY), ("full", FULL), ("bitmask", BITMASK), ("gap8", GAP8), ("gap16", GAP16)),
+    *(("reserved", 6), ("parameters", PARAMETERS), ("unknown", 9)),
+):
+    signs_chunk(f"C-CODEC-signs-{_what}", 1, codec=_codec)
+for _what, _codec in (("empty", EMPTY), ("full", FULL), ("bitmask", BITMASK), ("drawn", DRAWN)):
+    signs_chunk(f"C-CODEC-signs-parameters-{_what}", 0, codec=_codec)
+    if _codec != FULL:
+        levels_chunk(f"C-CODEC-levels-{_what}", 1, codec=_codec)
+    levels_chunk(f"C-CODEC-levels-parameters-{_what}", 0, codec=_codec)
+levels_chunk("C-CODEC-levels-parameters-twice", 1, codec=PARAMETERS)
+levels_chunk("C-CODEC-levels-not-all", 2, nnz=5)
+levels_chunk("C-CODEC-levels-of-nothing", 2, nnz=0, codec=EMPTY, planes=[b""] * 4)
+with_signs(
+    "C-CODEC-signs-empty-of-nothing",
+    lambda f: assign(f.tensors[1].chunks[1], nnz=0, codec=EMPTY, planes=[b""] * 2),
+)
+with_signs(
+    "C-CODEC-signs-full-of-all",
+    lambda f: assign(f.tensors[1].chunks[1], nnz=1024, codec=FULL, planes=[bytes(128), b""]),
+)
+with_signs("C-CODEC-signs-in-levels", lambda f: assign(f.tensors[0], codec=SIGNS))
+
+
+def _parameters_last(file: File) -> None:
+    chunks = file.tensors[1].chunks
+    assign(chunks[1], nnz=0, planes=[b""] * 2)
+    chunks.append(chunks.pop(0))
+
+
+with_signs("C-CODEC-signs-parameters-last", _parameters_last)
+
+for _number, _what in enumerate(("signs-parameters", "signs")):
+    signs_chunk(f"C-FLAGS-{_what}-reserved", _number, reserved=1)
+    signs_chunk(f"C-FLAGS-{_what}-mask", _number, mask_zstd=2)
+    signs_chunk(f"C-FLAGS-{_what}-plane", _number, planes_zstd=1)
+    signs_chunk(f"C-FLAGS-{_what}-second-plane", _number, planes_zstd=2)
+    signs_chunk(f"C-FLAGS-{_what}-plane-past-width", _number, planes_zstd=4)
+levels_chunk("C-FLAGS-levels-parameters-plane", 0, planes_zstd=1)
+levels_chunk("C-FLAGS-levels-second-plane", 1, planes_zstd=3)
+levels_chunk("C-FLAGS-levels-last-plane", 2, planes_zstd=8)
+
+
+def signs_stream(name: str, stream: Callable[[], bytes]) -> None:
+    """Another parameter stream, with its own size and digest."""
+    with_signs(
+        name, lambda f: f.tensors[1].chunks.__setitem__(0, parameter_chunk(stream(), width=2))
+    )
+
+
+def levels_stream(name: str, stream: bytes) -> None:
+    with_signs(name, lambda f: f.tensors[0].chunks.__setitem__(0, parameter_chunk(stream, width=4)))
+
+
+signs_stream("C-MASKSIZE-signs-less", lambda: given().stream()[:-1])
+signs_stream("C-MASKSIZE-signs-more", lambda: given().stream() + b"\0")
+signs_stream("C-MASKSIZE-signs-half-a-subspace", lambda: given().stream() + bytes(8))
+signs_stream("C-MASKSIZE-signs-nothing", lambda: b"")
+signs_stream("C-MASKSIZE-signs-no-subspace", lambda: replace(given(), subspaces=[]).stream())
+signs_stream(
+    "C-MASKSIZE-signs-65-subspaces",
+    lambda: replace(given(), subspaces=[Subspace(first=i - 32768) for i in range(65)]).stream(),
+)
+signs_chunk("C-MASKSIZE-signs-most", 0, mask_raw=2**32 - 1)
+signs_chunk("C-MASKSIZE-signs-data", 1, mask_raw=1)
+levels_stream("C-MASKSIZE-levels-nothing", b"")
+levels_stream("C-MASKSIZE-levels-less", b"\1")
+levels_stream("C-MASKSIZE-levels-more", b"\1\0\0")
+levels_chunk("C-MASKSIZE-levels-data", 1, mask_raw=2)
+
+signs_chunk("C-STORED-signs-parameters-raw", 0, mask_stored=199)
+signs_chunk("C-STORED-signs-parameters-not-smaller", 0, mask_zstd=1)
+signs_chunk("C-STORED-signs-parameters-plane", 0, planes=[b"\0", b""])
+signs_chunk("C-STORED-signs-parameters-last-plane", 0, sizes=[0] * 7 + [1])
+signs_chunk("C-STORED-signs-mask", 1, mask=b"\0")
+signs_chunk("C-STORED-signs-mask-empty-frame", 1, mask_zstd=1)
+for _what, _more in (("more", 1), ("less", -1)):
+    with_signs(
+        f"C-STORED-signs-plane-{_what}",
+        lambda f, n=_more: assign(
+            f.tensors[1].chunks[1], sizes=[len(f.tensors[1].chunks[1].planes[0]) + n, 0]
+        ),
+    )
+with_signs(
+    "C-STORED-signs-plane-a-byte-each",
+    lambda f: assign(f.tensors[1].chunks[2], sizes=[f.tensors[1].chunks[2].nnz, 0]),
+)
+with_signs(
+    "C-STORED-signs-second-plane",
+    lambda f: assign(f.tensors[1].chunks[1], planes=[f.tensors[1].chunks[1].planes[0], b"\0"]),
+)
+levels_chunk("C-STORED-levels-parameters-not-smaller", 0, mask_zstd=1)
+levels_chunk("C-STORED-levels-plane-less", 2, planes=[bytes(5)])
+levels_chunk("C-STORED-levels-plane-not-smaller", 2, planes_zstd=1)
+levels_chunk("C-STORED-levels-plane-raw", 1, planes_zstd=0)
+levels_chunk("C-STORED-levels-second-plane", 2, planes=[bytes(6), bytes(6)])
+
+
+def _expanding_parameters() -> File:
+    """Parameters of 64 Mi rows, of which nothing is drawn: 128 MiB in 5,000 bytes."""
+    shape = [1 << 26]
+    base = Base(b"w", 14, [*shape, 1], b"")
+    chunk = Chunk(bytes(5000), 32 + 2 * ((1 << 26) + 1), 0, PARAMETERS, 1, [b"", b""], 0)
+    nothing = [Chunk(b"", 0, 0, DRAWN, 0, [b"", b""], 0)] * 4
+    entry = Entry(b"w", 14, [*shape, 1], DELTA, SIGNS, 24, 0, b"", [chunk, *nothing])
+    return File([base], [entry])
+
+
+reject("C-EXPANSION-signs-parameters", lambda f: None, _expanding_parameters)
+
+
+def _expanding_draws() -> File:
+    """2^31 elements of which nothing is drawn: as 64 MiB, with the parameters too much."""
+    shape = [1 << 16, 1 << 15]
+    base = Base(b"w", 14, shape, b"")
+    chunk = Chunk(bytes(8), 32 + 2 * sum(shape), 0, PARAMETERS, 1, [b"", b""], 0)
+    nothing = [Chunk(b"", 0, 0, DRAWN, 0, [b"", b""], 0)] * 128
+    entry = Entry(b"w", 14, shape, DELTA, SIGNS, 24, 0, b"", [chunk, *nothing])
+    return File([base], [entry])
+
+
+reject("C-EXPANSION-signs-draws", lambda f: None, _expanding_draws)
+
+# What the parameters say, in the order of their fields
+INF, NAN = math.inf, math.nan
+
+
+def signs_parameters(name: str, **values: Any) -> None:
+    signs_stream(name, lambda: replace(given(), **values).stream())
+
+
+signs_parameters("P-PARAMETERS-no-subspaces", count=0)
+signs_parameters("P-PARAMETERS-fewer-subspaces", count=2)
+signs_parameters("P-PARAMETERS-more-subspaces", count=4)
+signs_parameters("P-PARAMETERS-most-subspaces", count=65535)
+signs_parameters("P-PARAMETERS-reserved", reserved=1)
+signs_parameters("P-PARAMETERS-reserved-high-byte", reserved=0x8000)
+for _what, _number in {
+    "negative": -1.0,
+    "minus-0": -0.0,
+    "infinite": INF,
+    "minus-infinite": -INF,
+    "nan": NAN,
+}.items():
+    signs_parameters(f"P-PARAMETERS-gain-{_what}", gain=_number)
+
+
+def subspace(name: str, number: int, **values: Any) -> None:
+    def stream() -> bytes:
+        changed = given()
+        assign(changed.subspaces[number], **values)
+        return changed.stream()
+
+    signs_stream(name, stream)
+
+
+for _field in ("scale", "rate"):
+    for _what, _number in {
+        "0": 0.0,
+        "minus-0": -0.0,
+        "negative": -1.0,
+        "infinite": INF,
+        "minus-infinite": -INF,
+        "nan": NAN,
+    }.items():
+        subspace(f"P-PARAMETERS-{_field}-{_what}", 1, **{_field: _number})
+    subspace(f"P-PARAMETERS-{_field}-of-the-last", 2, **{_field: 0.0})
+subspace("P-PARAMETERS-subspace-reserved", 0, reserved=1)
+subspace("P-PARAMETERS-subspace-reserved-last", 2, reserved=0x8000)
+subspace("P-PARAMETERS-first-after-least", 0, first=-32767)
+subspace("P-PARAMETERS-first-0", 0, first=0)
+subspace("P-PARAMETERS-first-twice", 2, first=0)
+subspace("P-PARAMETERS-first-descends", 2, first=-1)
+subspace("P-PARAMETERS-first-least-twice", 1, first=-32768)
+for _what, _array in (
+    *(("size-row", "size_rows"), ("size-column", "size_columns")),
+    *(("row", "rows"), ("column", "columns")),
+):
+    for _exponent in (61, -61, 127, -127, *(() if _what.startswith("size") else (NEVER,))):
+        _text = str(_exponent).replace("-", "minus-")
+        # the last one: rows end where columns begin
+        signs_stream(
+            f"P-PARAMETERS-{_what}-{_text}",
+            lambda a=_array, e=_exponent: replace(
+                given(), **{a: [*getattr(given(), a)[:-1], e]}
+            ).stream(),
+        )
+for _exponent in (121, -121, 32767, -32768):
+    _text = str(_exponent).replace("-", "minus-")
+    levels_stream(f"P-PARAMETERS-levels-{_text}", struct.pack("<h", _exponent))
+reject(
+    "P-PARAMETERS-of-nothing",
+    lambda f: assign(f.tensors[0], chunks=[parameter_chunk(struct.pack("<h", 121), width=2)]),
+    lambda: VALID["signs-and-levels-of-nothing"](),
+)
+
+
+def compressed_parameters(name: str, made: Callable[[bytes], bytes]) -> None:
+    """Parameters of which most are 0, as what is made of them."""
+
+    def change(file: File) -> None:
+        stream = parameters(SHAPE, 0.0).stream()
+        file.tensors[1].chunks[0] = parameter_chunk(stream, 2, made(stream))
+
+    with_signs(name, change)
+
+
+for _what, _made in {
+    "not-a-frame": lambda raw: b"\x28\xb5\x2f\xfe" + bytes(20),
+    "truncated": lambda raw: frame(raw)[:-1],
+    "trailing-byte": lambda raw: frame(raw) + b"\0",
+    "states-more": lambda raw: frame(raw, size=len(raw) + 1),
+    "holds-less": lambda raw: frame(raw[:-1], size=len(raw)),
+    "checksum": lambda raw: frame(raw, flags=0x84) + little(0, 4),
+    "window": lambda raw: frame(raw, window=b"\x69"),
+}.items():
+    compressed_parameters(f"P-ZSTD-parameters-{_what}", _made)
+compressed_parameters("P-PARAMETERS-compressed", lambda raw: frame(raw[:14] + b"\1" + raw[15:]))
+for _what, _made in {
+    "not-a-frame": lambda raw: b"\x28\xb5\x2f\xfe" + bytes(20),
+    "states-less": lambda raw: frame(raw, size=1023),
+    "holds-more": lambda raw: frame(raw + b"\0", size=1024),
+}.items():
+    levels_chunk(f"P-ZSTD-levels-{_what}", 1, planes=[_made(b"\3" * 1024), b"", b"", b""])
+signs_chunk("P-DIGEST-signs-parameters", 0, digest=bytes(8))
+signs_chunk("P-DIGEST-signs", 2, digest=bytes(8))
+levels_chunk("P-DIGEST-levels", 2, digest=bytes(8))
+reject(
+    "P-DIGEST-signs-of-nothing",
+    lambda f: assign(f.tensors[0].chunks[5], digest=bytes(8)),
+    lambda: VALID["signs-chunks-without-draws"](),
+)
+levels_chunk("C-PADDING-levels-parameters", 0, padding=bytes(5) + b"\1")
+with_signs(
+    "C-PADDING-signs",
+    lambda f: assign(
+        f.tensors[1].chunks[1], padding=b"\1" * (-len(f.tensors[1].chunks[1].data) % 8)
+    ),
+)
+
+
+def other_count(name: str, count: Callable[[int], int], last: int = 0) -> None:
+    """Another nnz of the last chunk, and the plane that it asks for. last: set in its last byte."""
+
+    def change(file: File) -> None:
+        chunk = file.tensors[1].chunks[2]
+        nnz = count(chunk.nnz)
+        size = -(-nnz // 8)
+        plane = bytearray((chunk.planes[0] + bytes(size))[:size])
+        if nnz % 8:
+            plane[-1] &= (1 << nnz % 8) - 1
+        if last:
+            plane[-1] |= last
+        assign(chunk, nnz=nnz, planes=[bytes(plane), b""])
+
+    with_signs(name, change)
+
+
+other_count("P-POPCOUNT-signs-one-less", lambda nnz: nnz - 1)
+other_count("P-POPCOUNT-signs-one-more", lambda nnz: nnz + 1)
+other_count("P-POPCOUNT-signs-none", lambda nnz: 0)
+other_count("P-POPCOUNT-signs-all", lambda nnz: 83)
+other_count("P-POPCOUNT-signs-before-tail", lambda nnz: nnz // 8 * 8 + 7 - (nnz % 8 == 7), 0x80)
+other_count("P-TAIL-signs-last-bit", lambda nnz: nnz, 0x80)
+with_signs(
+    "P-TAIL-signs-next-bit",
+    lambda f: assign(
+        f.tensors[1].chunks[1],
+        planes=[
+            f.tensors[1].chunks[1].planes[0][:-1]
+            + bytes([f.tensors[1].chunks[1].planes[0][-1] | 1 << f.tensors[1].chunks[1].nnz % 8]),
+            b"",
+        ],
+    ),
+)
+signs_parameters("P-POPCOUNT-signs-gain-0", gain=0.0)
+reject(
+    "P-POPCOUNT-signs-nothing-drawn",
+    lambda f: assign(f.tensors[0].chunks[2], nnz=1, planes=[b"\0", b""]),
+    lambda: VALID["signs-chunks-without-draws"](),
+)
+
+# Two faults
+with_signs(
+    "P-PARAMETERS-before-data",
+    lambda f: (
+        f.tensors[1].chunks.__setitem__(
+            0, parameter_chunk(replace(given(), reserved=1).stream(), width=2)
+        ),
+        assign(f.tensors[1].chunks[1], digest=bytes(8)),
+    ),
+)
+with_signs(
+    "P-DIGEST-before-parameters",
+    lambda f: f.tensors[1].chunks.__setitem__(
+        0, replace(parameter_chunk(replace(given(), reserved=1).stream(), 2), digest=bytes(8))
+    ),
+)
+with_signs(
+    "C-PADDING-before-popcount",
+    lambda f: assign(f.tensors[1].chunks[2], nnz=83, planes=[bytes(11), b""], padding=b"\1" * 5),
+)
+with_signs(
+    "P-DIGEST-before-popcount",
+    lambda f: assign(f.tensors[1].chunks[2], nnz=83, planes=[bytes(11), b""], digest=bytes(8)),
+)
+
+
+def other_change(row: int, number: int) -> Callable[[File], None]:
+    """The lowest bit of the chunk's plane is another: a sign, or a level."""
+
+    def change(file: File) -> None:
+        chunk = file.tensors[row].chunks[number]
+        plane = chunk.planes[0]
+        assign(chunk, planes=[bytes([plane[0] ^ 1]) + plane[1:], *chunk.planes[1:]])
+
+    return change
+
+
+with_signs("D-DIGEST-signs", other_change(1, 1))
+with_signs("D-DIGEST-levels", other_change(0, 2))
+reject(
+    "D-DIGEST-signs-of-nothing",
+    lambda f: assign(f.tensors[1], sha256=bytes(32)),
+    lambda: VALID["signs-and-levels-of-nothing"](),
+)
+
+# Digests of deltas can only be compared beside the base.
+BESIDE: dict[str, Callable[[], File]] = {
+    "D-DIGEST-delta": good,
+    "D-DIGEST-signs": good_signs,
+    "D-DIGEST-levels": good_signs,
+    "D-DIGEST-signs-of-nothing": lambda: VALID["signs-and-levels-of-nothing"](),
+}
 
 # The right file beside another base: name, and what is done to the base of ``good``.
 WRONG_BASE: dict[str, Callable[[list[Base]], None]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 
 from parts import (
@@ -21,6 +22,7 @@ from parts import (
     SQUARES_FRAME,
     ULP,
     XOR,
+    Base,
     Chunk,
     Entry,
     File,
@@ -33,6 +35,17 @@ from parts import (
     new,
     random_words,
     side_file,
+)
+from signs import (
+    NEVER,
+    Parameters,
+    Subspace,
+    levels,
+    parameters,
+    seed_of,
+    signs,
+    weights,
+    word_of,
 )
 
 VALID: dict[str, Callable[[], File]] = {}
@@ -428,6 +441,391 @@ def every_codec(dtype: str) -> File:
             name = f"{mask}.{codec}"
             tensors.append(delta(name, bases, 0, changes, codec=value_codec, masks=mask_codec))
     tensors.append(new("new", dtype, [5], random_words(f"{dtype} new", 5, width)))
+    return File(base=bases, tensors=tensors)
+
+
+# -- signs and levels ----------------------------------------------------------------------------
+
+QUANTISED = ("BF16", "F16", "F32")
+
+
+def drawn(file: File) -> list[list[int]]:
+    """Drawn elements of each chunk of each tensor: what a vector asserts that it holds."""
+    return [[chunk.nnz for chunk in tensor.chunks[1:]] for tensor in file.tensors]
+
+
+def stored_on(
+    make: Callable[[str, list[Base], int], Entry], tensors: dict[str, tuple[str, list[int]]]
+) -> File:
+    """A file of what ``make`` makes of small weights. tensors: dtype and shape by name."""
+    bases = []
+    for name, (dtype, shape) in tensors.items():
+        words = weights(name, math.prod(shape), dtype)
+        bases.append(base_tensor(name, dtype, shape, words))
+    return File(base=bases, tensors=[make(name, bases, i) for i, name in enumerate(tensors)])
+
+
+def some_signs(shape: list[int], seed: int = 1) -> Parameters:
+    """Small changes of about a third of all elements, in two subspaces."""
+    return parameters(
+        shape,
+        2.0**-10,
+        seed=seed,
+        subspaces=[Subspace(1.0, 350.0), Subspace(0.75, 250.0, 1)],
+        size_rows=(0, 1, -3, 2),
+        size_columns=(1, 0, -2, 3, -1),
+        rows=(0, -1, 1),
+        columns=(2, 0, 0, -3),
+    )
+
+
+@valid
+def signs_of_each_dtype() -> File:
+    """Three chunks; rows of 33 elements, so that four that share random bits cross rows."""
+    shape = [70, 33]
+    file = stored_on(
+        lambda name, bases, i: signs(name, bases, i, some_signs(shape, (2**64 - 1, 0, 5)[i])),
+        {dtype.lower(): (dtype, shape) for dtype in QUANTISED},
+    )
+    assert all(200 < nnz < 700 for tensor in drawn(file) for nnz in tensor[:2])
+    return file
+
+
+@valid
+def signs_of_each_rank() -> File:
+    """A tensor of rank 3 or more is its first dimension by all others, a vector one row."""
+    shapes = {f"rank{len(shape)}": shape for shape in ([], [37], [5, 7], [3, 5, 7], [2, 1, 3, 6])}
+    shapes["rank8"] = [2, 1, 3, 1, 5, 1, 1, 2]
+    shapes["row"], shapes["column"] = [1, 41], [41, 1]
+    file = stored_on(
+        lambda name, bases, i: signs(name, bases, i, some_signs(shapes[name], seed_of([0] * 4))),
+        {name: ("BF16", shape) for name, shape in sorted(shapes.items())},
+    )
+    assert all(sum(tensor) for tensor in drawn(file))
+    return file
+
+
+@valid
+def signs_chunks_without_draws() -> File:
+    """Nothing is drawn in the second chunk, nor in the last one, nor in a whole tensor."""
+    shape = [9, 512]
+    given = some_signs(shape)
+    for row in (2, 3, 8):
+        given.size_rows[row] = NEVER
+    file = stored_on(
+        lambda name, bases, i: signs(
+            name, bases, i, given if name == "some" else parameters(shape, rate=2.0**-18)
+        ),
+        dict.fromkeys(("none", "some"), ("F16", shape)),
+    )
+    none, some = drawn(file)
+    assert none == [0] * 5
+    assert [bool(nnz) for nnz in some] == [True, False, True, True, False]
+    return file
+
+
+@valid
+def signs_factors_of_0() -> File:
+    """Rows and columns whose size is 0, whatever the other exponents say."""
+    shape = [8, 33]
+    given = parameters(
+        shape,
+        size_rows=(0, NEVER, 0, 60),
+        size_columns=(0, -60, NEVER, 0, 60),
+        rows=(60, 60, -60, 0),
+        columns=(60, 60, 60, -60, 0),
+    )
+    nothing = parameters(shape, size_columns=(NEVER,), rows=(60,))
+    file = stored_on(
+        lambda name, bases, i: signs(name, bases, i, given if name == "some" else nothing),
+        dict.fromkeys(("none", "some"), ("F32", shape)),
+    )
+    assert drawn(file)[0] == [0]
+    assert 33 < drawn(file)[1][0] < 6 * 27
+    return file
+
+
+@valid
+def signs_subspaces() -> File:
+    """Of 1, 3 and 64 subspaces; some begin beyond any exponent, or at the one of an element."""
+    shape = [24, 21]
+    rows, columns = (*range(-12, 12),), (*range(-10, 11),)
+    few = [Subspace(1.5, 0.25), Subspace(0.5, 2.0, -5), Subspace(1.25, 0.5, 6)]
+    many = [Subspace(1 + i / 64, 2.0 ** ((33 - i) // 2), i - 33) for i in range(1, 60)]
+    many = [Subspace(), Subspace(9.0, 9.0, -32767), Subspace(2.0, 2.0, -240), *many]
+    many += [Subspace(7.0, 7.0, 241), Subspace(5.0, 5.0, 32767)]
+    assert len(many) == 64
+    file = stored_on(
+        lambda name, bases, i: signs(
+            name,
+            bases,
+            i,
+            parameters(
+                shape,
+                2.0**-2,
+                seed=i,
+                subspaces=[[Subspace()], few, many][i],
+                size_rows=(-3, 2, 1),
+                size_columns=(0, 1),
+                rows=rows,
+                columns=columns,
+            ),
+        ),
+        dict.fromkeys(("subspaces01", "subspaces03", "subspaces64"), ("BF16", shape)),
+    )
+    assert all(50 < sum(tensor) < 24 * 21 for tensor in drawn(file))
+    return file
+
+
+@valid
+def signs_gain_0() -> File:
+    """Nothing is drawn where the score is 0: by the gain, or because float32 has no less."""
+    shape = [4, 9]
+    gains = {"gain": (0.0, 0), "less": (2.0**-149, -3), "least": (2.0**-149, -1)}
+    file = stored_on(
+        lambda name, bases, i: signs(
+            name,
+            bases,
+            i,
+            parameters(shape, gains[name][0], 1e300, size_rows=(gains[name][1],)),
+        ),
+        dict.fromkeys(sorted(gains), ("F32", shape)),
+    )
+    assert drawn(file) == [[0], [36], [0]]
+    return file
+
+
+@valid
+def signs_all_drawn() -> File:
+    """Rates that reach 65536, exactly, beyond, and infinitely; 65535 leaves the largest draw."""
+    shape = [4]
+    rates = {"exactly": 1.0, "infinite": 1.7e308, "over": 1e6, "short": 65535 / 65536}
+    file = stored_on(
+        lambda name, bases, i: signs(
+            name, bases, i, parameters(shape, 2.0, rates[name] / 2, seed=seed_of([65535] * 4))
+        ),
+        dict.fromkeys(rates, ("BF16", shape)),
+    )
+    infinite = parameters(shape, 3e38, 1.7e308, size_columns=(-60,), columns=(60,))
+    file.tensors[1] = signs("infinite", file.base, 1, infinite)
+    assert drawn(file) == [[4], [4], [4], [0]]
+    return file
+
+
+@valid
+def signs_levels_round_to_even() -> File:
+    """Expected draws that are halves, and draws on both sides of what they round to."""
+    halves = {"0.5": [0], "0.500001": [1], "1.5": [2], "2.5": [2], "2.500001": [3], "3.5": [4]}
+    halves |= {"0.25": [0], "65534.5": [65534], "65535.5": [65536], "65535.49": [65535]}
+
+    def stored(name: str, bases: list[Base], i: int) -> Entry:
+        level = halves[name][0]
+        draws = [0, max(level - 1, 0), min(level, 65535), 65535]
+        rate = float(name) / 65536
+        return signs(name, bases, i, parameters([4], 1.0, rate, 2.0**-17, seed_of(draws)))
+
+    file = stored_on(stored, {name: ("F32", [4]) for name in sorted(halves)})
+    found = dict(zip(sorted(halves), drawn(file), strict=True))
+    assert found["0.25"] == found["0.5"] == [0]
+    assert found["0.500001"] == found["1.5"] == found["2.5"] == found["65534.5"] == [2]
+    assert found["65535.5"] == [4]
+    return file
+
+
+@valid
+def signs_gain_that_is_rounded() -> File:
+    """Products of a gain with all bits and half octaves, in float32 and no wider."""
+    shape = [24, 11]
+    given = parameters(
+        shape,
+        float.fromhex("0x1.b7e15p-9"),
+        float.fromhex("0x1.5555555555555p+7"),
+        float.fromhex("0x1.921fb6p+0"),
+        0x0123456789ABCDEF,
+        size_rows=(*range(-7, 5),),
+        size_columns=(0, 1, -1),
+        rows=(1, -1, 0, 3, -4),
+        columns=(5, 1),
+    )
+    return stored_on(
+        lambda name, bases, i: signs(name, bases, i, given),
+        {dtype.lower(): (dtype, shape) for dtype in QUANTISED},
+    )
+
+
+def specials(dtype: str) -> list[int]:
+    """Words of both signs: zero, least, subnormal, 1 and its neighbours, largest, inf, NaN."""
+    bits, fraction = {"BF16": (16, 7), "F16": (16, 10), "F32": (32, 23)}[dtype]
+    sign, infinity = 1 << (bits - 1), (1 << (bits - 1)) - (1 << fraction)
+    one = word_of(1.0, DTYPES[dtype][0])
+    half = [0, 1, 2, (1 << fraction) - 1, 1 << fraction, one - 1, one, one + 1]
+    half += [infinity - 2, infinity - 1, infinity, infinity + 1, sign - 1]
+    return [*half, *(word | sign for word in half)]
+
+
+# Sizes in half octaves, times 1, 2^104 and 2^-120. Of 1, of the largest and of the least floats of
+# each dtype: halves and quarters of a unit in the last place, a bit more, and several units.
+SIZES = (-60, -59, -58, -57, -56, -55, -54, -52, -51, -50, -49, -48, -47, -46, -44, -28, -26, -25)
+SIZES += (-24, -23, -22, -21, -20, -18, -16, -15, -14, -13, -12, -4, -2, 0, 1, 2, 7, 8, 9, 10, 11)
+SIZES += (12, 13, 24, 30, 31, 32, 33, 34, 35, 46, 47, 48, 49, 59, 60)
+GAINS = {"f16": (0,), "bf16": (0, 104, -120), "f32": (0, 104, -120)}
+
+
+@valid
+def signs_words_that_stay() -> File:
+    """Sums that are the base's number, or no finite one; results that are subnormal or zero."""
+    bases, tensors = [], []
+    for index, dtype in enumerate(QUANTISED):
+        words = specials(dtype)
+        width, shape = len(words), [2 * len(SIZES), len(words)]
+        bases.append(base_tensor(dtype.lower(), dtype, shape, words * shape[0]))
+        for gain in GAINS[dtype.lower()]:
+            given = parameters(
+                shape,
+                2.0**gain,
+                2.0**200,
+                size_rows=[size for size in SIZES for _ in range(2)],
+            )
+            name = f"{dtype.lower()}.{gain:04}"
+            minus = lambda p, width=width: bool(p // width % 2)  # noqa: E731
+            tensors.append(signs(name, bases, index, given, minus=minus))
+    tensors.sort(key=lambda tensor: tensor.name)
+    for tensor in tensors:
+        before, after = bases[tensor.base_index].data, tensor.data
+        assert before != after
+    return File(base=bases, tensors=tensors)
+
+
+@valid
+def signs_changes_that_are_not_finite() -> File:
+    """Sizes and factors that are infinite in float32, and 0 times infinity: the words stay."""
+    shape, largest = [2, 9], float.fromhex("0x1.fffffep+127")
+    given = {
+        "factor": parameters(shape, 1.0, 0.5, largest),
+        "nan": parameters(
+            shape, 2.0**-100, 2.0**99, largest, size_rows=(-60,), size_columns=(-60,), rows=(60,)
+        ),
+        "size": parameters(shape, largest, 1.0, size_rows=(1,)),
+        "subnormal": parameters(shape, 2.0**126, 0.9, 2.0**-149),
+    }
+    given["nan"].columns = [60] * 9
+    file = stored_on(
+        lambda name, bases, i: signs(name, bases, i, given[name]),
+        dict.fromkeys(sorted(given), ("F32", shape)),
+    )
+    assert all(nnz for tensor in drawn(file) for nnz in tensor)
+    same = [tensor.data == file.base[i].data for i, tensor in enumerate(file.tensors)]
+    assert same == [True, True, True, False]
+    return file
+
+
+@valid
+def signs_parameters_compressed() -> File:
+    """Raw they lie in signs-of-each-dtype."""
+    shape = [60, 20]
+    file = stored_on(
+        lambda name, bases, i: signs(
+            name, bases, i, parameters(shape, 2.0**-8, 50.0), compress=name == "zstd"
+        ),
+        dict.fromkeys(("raw", "zstd"), ("BF16", shape)),
+    )
+    assert [tensor.chunks[0].mask_zstd for tensor in file.tensors] == [0, 1]
+    return file
+
+
+@valid
+def signs_and_levels_of_nothing() -> File:
+    """Empty tensors have their parameters, and nothing else."""
+    shapes = {"a": [0], "b": [0, 7], "c": [7, 0], "d": [2, 0, 3]}
+
+    def stored(name: str, bases: list[Base], i: int) -> Entry:
+        if name.endswith("levels"):
+            return levels(name, bases, i, -120, [])
+        return signs(name, bases, i, some_signs(shapes[name[0]]), chunk_log2=24)
+
+    file = stored_on(
+        stored,
+        {
+            f"{name}.{codec}": (dtype, shape)
+            for (name, shape), dtype in zip(shapes.items(), (*QUANTISED, "F32"), strict=True)
+            for codec in ("levels", "signs")
+        },
+    )
+    assert all(len(tensor.chunks) == 1 for tensor in file.tensors)
+    return file
+
+
+@valid
+def signs_and_levels_beside_others() -> File:
+    """Several tensors of one base tensor, in every codec and several chunk sizes."""
+    shape, words = [30, 70], weights("beside", 2100, "BF16")
+    bases = [base_tensor("w", "BF16", shape, words)]
+    given = some_signs(shape)
+    tensors = [
+        copy("copy", bases, 0),
+        levels("levels.10", bases, 0, -21, [i % 7 - 3 for i in range(2100)]),
+        levels("levels.24", bases, 0, -21, [0] * 2100, chunk_log2=24, compress=True),
+        new("new", "BF16", [3], [1, 2, 3]),
+        signs("signs.10", bases, 0, given),
+        signs("signs.11", bases, 0, given, chunk_log2=11),
+        signs("signs.24", bases, 0, given, chunk_log2=24),
+        delta("ulp", bases, 0, {7: words[7] ^ 1, 2099: 0}, codec=ULP),
+    ]
+    assert len({sum(chunk.nnz for chunk in tensor.chunks) for tensor in tensors[4:7]}) == 1
+    return File(base=bases, tensors=tensors, files=[side_file("config.json", b"{}")])
+
+
+@valid
+def levels_of_each_dtype() -> File:
+    """Two chunks, all steps from -128 to 127, exponents that are odd and even."""
+    return stored_on(
+        lambda name, bases, i: levels(
+            name, bases, i, (-25, -26, -31)[i], [(k * 37) % 256 - 128 for k in range(1029 + i)]
+        ),
+        {dtype.lower(): (dtype, [1029 + i]) for i, dtype in enumerate(QUANTISED)},
+    )
+
+
+@valid
+def levels_of_each_rank() -> File:
+    shapes = {f"rank{len(shape)}": shape for shape in ([], [5], [3, 5], [2, 2, 3])}
+    shapes["rank8"] = [2, 1, 3, 1, 5, 1, 1, 2]
+    return stored_on(
+        lambda name, bases, i: levels(
+            name, bases, i, -16, [(11 * k + 4) % 19 - 9 for k in range(math.prod(shapes[name]))]
+        ),
+        {name: ("F16", shape) for name, shape in shapes.items()},
+    )
+
+
+@valid
+def levels_chunks_compressed_and_raw() -> File:
+    """A chunk of one level, one of many, one of zeros: two of the planes are zstd frames."""
+    steps = [3] * 1024 + [(k * 37) % 256 - 128 for k in range(1024)] + [0] * 512
+    file = stored_on(
+        lambda name, bases, i: levels(name, bases, i, -20, steps, compress=True),
+        {dtype.lower(): (dtype, [5, 512]) for dtype in ("BF16", "F32")},
+    )
+    for tensor in file.tensors:
+        assert [chunk.planes_zstd for chunk in tensor.chunks] == [0, 1, 0, 1]
+    return file
+
+
+@valid
+def levels_words_that_stay() -> File:
+    """Steps that do nothing, or too much, to special words; the least and largest exponents."""
+    multiples = (0, 1, -1, 2, -3, 64, 127, -127, -128)
+    exponents = (-120, -119, -61, -49, -48, -23, -17, -16, -1, 0, 1, 8, 11, 31, 119, 120)
+    bases, tensors = [], []
+    for index, dtype in enumerate(QUANTISED):
+        words = specials(dtype)
+        shape = [len(multiples), len(words)]
+        bases.append(base_tensor(dtype.lower(), dtype, shape, words * len(multiples)))
+        steps = [k for k in multiples for _ in words]
+        for exponent in exponents:
+            name = f"{dtype.lower()}.{exponent:+04}"
+            tensors.append(levels(name, bases, index, exponent, steps, compress=True))
+    tensors.sort(key=lambda tensor: tensor.name)
     return File(base=bases, tensors=tensors)
 
 

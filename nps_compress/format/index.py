@@ -13,18 +13,20 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from nps_compress import codecs
+from nps_compress import codecs, sign_codec
 from nps_compress.codecs import MaskCodec, ValueCodec
-from nps_compress.dtypes import BY_CODE, DType
+from nps_compress.dtypes import BY_CODE, PRUNABLE, DType
 from nps_compress.errors import FormatError
 from nps_compress.format import layout
 from nps_compress.format.layout import Op
 from nps_compress.format.records import BaseTensor, TensorEntry, has_control_characters
 from nps_compress.format.writer import FILE_NAME
+from nps_compress.rank_one import rows_and_columns
 
 Record = dict[str, int]
 
-_CHANGING_CODECS = (ValueCodec.REPLACE, ValueCodec.XOR, ValueCodec.ULP)
+_CHANGING_CODECS: tuple[ValueCodec, ...] = (ValueCodec.REPLACE, ValueCodec.XOR, ValueCodec.ULP)
+_LOSSY_CODECS = (ValueCodec.SIGNS, ValueCodec.LEVELS)
 
 
 @dataclass(frozen=True)
@@ -227,10 +229,13 @@ def _op(record: Record, name: str) -> Op:
 
 def _value_codec(record: Record, name: str, op: Op, dtype: DType) -> ValueCodec:
     code, chunk_log2 = record["value_codec"], record["chunk_log2"]
+    changing = _CHANGING_CODECS if dtype.is_float else _CHANGING_CODECS[:2]
+    if dtype.name in PRUNABLE:
+        changing += _LOSSY_CODECS
     allowed: tuple[ValueCodec, ...] = {
         Op.COPY: (ValueCodec.NONE,),
         Op.NEW: (ValueCodec.REPLACE,),
-        Op.DELTA: _CHANGING_CODECS if dtype.is_float else _CHANGING_CODECS[:2],
+        Op.DELTA: changing,
     }[op]
     if code not in allowed:
         _fail("R-VALUES", f"{name!r} has value codec {code}")
@@ -253,16 +258,23 @@ def _place(entries: tuple[TensorEntry, ...], chunk_records: int) -> tuple[Tensor
 
 
 def _check_chunks(entries: tuple[TensorEntry, ...], chunks: npt.NDArray[np.void]) -> int:
-    """Check every chunk record. Returns the bytes of all streams once zstd is undone."""
+    """Check every chunk record. Returns the bytes of all streams once zstd is undone, and draws."""
     counts = [entry.chunk_count for entry in entries]
 
     def spread(values: list[int]) -> npt.NDArray[np.int64]:
         return np.repeat(np.array(values, np.int64), counts)
 
+    def has(codec: ValueCodec) -> npt.NDArray[np.bool_]:
+        return spread([int(entry.value_codec is codec) for entry in entries]).astype(bool)
+
+    number = np.arange(len(chunks)) - spread([entry.first_chunk for entry in entries])
+    of_signs, of_levels = has(ValueCodec.SIGNS), has(ValueCodec.LEVELS)
+    is_parameters = (of_signs | of_levels) & (number == 0)
+    is_signs, is_levels = of_signs & ~is_parameters, of_levels & ~is_parameters
+    number -= of_signs | of_levels
     length = np.int64(1) << spread([entry.chunk_log2 for entry in entries])
     ends = spread([entry.numel for entry in entries])
-    number = np.arange(len(chunks)) - spread([entry.first_chunk for entry in entries])
-    length = np.minimum(length, ends - number * length)
+    length = np.where(is_parameters, 0, np.minimum(length, ends - number * length))
     itemsize = spread([entry.dtype.itemsize for entry in entries])
     is_new = spread([int(entry.op is Op.NEW) for entry in entries]).astype(bool)
     nnz = chunks["nnz"].astype(np.int64)
@@ -271,44 +283,70 @@ def _check_chunks(entries: tuple[TensorEntry, ...], chunks: npt.NDArray[np.void]
     stored = chunks["mask_stored_bytes"].astype(np.int64)
 
     _check(nnz <= length, "C-NNZ", "keeps more elements than it has")
-    _check(codec <= max(MaskCodec), "C-CODEC", "has an unknown mask codec")
+    _check(np.isin(codec, [kind.value for kind in MaskCodec]), "C-CODEC", "has an unknown codec")
+    special = is_parameters | is_signs | is_levels
     _check(
-        ((codec == MaskCodec.EMPTY) == (nnz == 0))
+        (is_parameters == (codec == MaskCodec.PARAMETERS))
+        & (is_signs == (codec == MaskCodec.DRAWN))
+        & (~is_levels | ((codec == MaskCodec.FULL) & (nnz == length))),
+        "C-CODEC",
+        "has a mask codec that its tensor's value codec contradicts",
+    )
+    _check(
+        special
+        | ((codec == MaskCodec.EMPTY) == (nnz == 0))
         & ((codec == MaskCodec.FULL) == ((nnz == length) & (nnz > 0))),
         "C-CODEC",
         "has a mask codec that its count of kept elements contradicts",
     )
     _check(~is_new | (codec == MaskCodec.FULL), "C-NEW", "of a new tensor is not full")
+    planes = np.where(is_levels, 1, np.where(is_parameters | is_signs, 0, itemsize))
     _check(
         (chunks["reserved"] == 0)
         & (chunks["mask_compressed"] <= 1)
-        & ((chunks["planes_compressed"].astype(np.int64) >> itemsize) == 0),
+        & ((chunks["planes_compressed"].astype(np.int64) >> planes) == 0),
         "C-FLAGS",
         "has unknown flags",
     )
+    factors = spread([sum(rows_and_columns(entry.shape)) for entry in entries])
     for kind in MaskCodec:
         here = np.flatnonzero(codec == kind)
-        low, high = codecs.mask_raw_bytes_range(kind, length[here], nnz[here])
-        fits = (raw[here] >= low) & (raw[here] <= high)
+        if kind is MaskCodec.PARAMETERS:
+            for_signs = sign_codec.is_sign_parameter_bytes(raw[here], factors[here])
+            for_levels = raw[here] == sign_codec.LEVELS_PARAMETER_BYTES
+            fits = np.where(of_signs[here], for_signs, for_levels)
+        else:
+            low, high = codecs.mask_raw_bytes_range(kind, length[here], nnz[here])
+            fits = (raw[here] >= low) & (raw[here] <= high)
         if kind is MaskCodec.GAP16:
             fits &= raw[here] % 2 == 0
-        _check(fits, "C-MASKSIZE", "has a mask of an impossible size")
+        _check_some(here, fits, "C-MASKSIZE", "has a mask of an impossible size")
     _check(
         np.where(chunks["mask_compressed"] == 1, _plausible(stored, raw), stored == raw),
         "C-STORED",
         "has a mask stored in an impossible size",
     )
+    plane_raw_bytes = np.where(is_signs, -(-nnz // 8), nnz)
+    planes[is_signs] = 1
     for plane in range(8):
         size = chunks["plane_stored_bytes"][:, plane].astype(np.int64)
-        used = plane < itemsize
+        used = plane < planes
         shrunk = (chunks["planes_compressed"] >> plane & 1).astype(bool)
-        expected = np.where(shrunk, _plausible(size, nnz), size == nnz)
+        expected = np.where(shrunk, _plausible(size, nnz), size == plane_raw_bytes)
         _check(
             np.where(used, expected, size == 0),
             "C-STORED",
             "has values stored in an impossible size",
         )
-    return int((raw + nnz * itemsize).sum())
+    draws = np.where(is_signs, length // layout.DRAWS_PER_BYTE, 0)
+    return int((raw + plane_raw_bytes * planes + draws).sum())
+
+
+def _check_some(
+    here: npt.NDArray[np.intp], holds: npt.NDArray[np.bool_], rule: str, fault: str
+) -> None:
+    if not holds.all():
+        _fail(rule, f"chunk {int(here[np.argmin(holds)])} {fault}")
 
 
 def _check(holds: npt.NDArray[np.bool_], rule: str, fault: str) -> None:

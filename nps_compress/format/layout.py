@@ -33,6 +33,7 @@ RESERVED_NAME = "__metadata__"  # safetensors keeps its own metadata under this 
 MAX_INDEX_RATIO, INDEX_RATIO_SLACK = 8, 2**16
 # Bounds the work and memory of decoding by the size of the file.
 MAX_EXPANSION, EXPANSION_SLACK = 256, 2**26
+DRAWS_PER_BYTE = 32
 NO_BASE = 0xFFFFFFFF
 
 SUPPORTED_REQUIRED_FEATURES = 0

@@ -19,13 +19,15 @@ from typing import NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from nps_compress import codecs
-from nps_compress.codecs import MaskCodec, Positions
+from nps_compress import codecs, sign_codec
+from nps_compress.codecs import MaskCodec, Positions, ValueCodec
 from nps_compress.errors import FormatError
 from nps_compress.format import layout
 from nps_compress.format.index import parse_index
 from nps_compress.format.layout import IndexCompression, Op
 from nps_compress.format.records import BaseTensor, TensorEntry, base_root, content_digest
+from nps_compress.rank_one import rows_and_columns
+from nps_compress.sign_codec import SignParameters
 
 _DIGEST_OF_NOTHING = np.frombuffer(layout.sha256_64(b""), np.uint8)
 
@@ -35,7 +37,8 @@ class Chunk:
     """One chunk, verified and decoded as far as is possible without the base.
 
     positions: [nnz] uint32, ascending, or None where all ``numel`` elements are kept;
-    planes: [itemsize, nnz] uint8, the value payload, least significant byte first.
+    planes: [itemsize, nnz] uint8, the value payload, least significant byte first; for signs one
+    plane of 0 or 1 (minus), for levels one of int8 bytes.
     """
 
     numel: int
@@ -55,6 +58,8 @@ class NpsReader:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._seek_lock = threading.Lock()
+        # Of the tensor that was read last, by its first chunk: one may have very many chunks.
+        self._last_parameters: tuple[int, SignParameters | int] | None = None
         self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         try:
             self.file_bytes = os.fstat(self._descriptor).st_size
@@ -137,7 +142,56 @@ class NpsReader:
         return [MaskCodec(code) for code in np.unique(self._index.chunks["mask_codec"][span])]
 
     def read_chunk(self, entry: TensorEntry, number: int) -> Chunk:
-        """Chunk ``number`` of a tensor, decoded. Raises FormatError (C-PADDING, P-*)."""
+        """Chunk ``number`` of a tensor's elements, decoded. Raises FormatError (C-PADDING, P-*)."""
+        parameters = self.parameters(entry)
+        record, data = self._chunk_data(entry, number + entry.has_parameters)
+        nnz, position = int(record["nnz"]), int(record["mask_stored_bytes"])
+        start = number << entry.chunk_log2
+        numel = min(1 << entry.chunk_log2, entry.numel - start)
+        positions: Positions | None
+        try:
+            if isinstance(parameters, SignParameters):
+                span = range(start, start + numel)
+                positions, minus = sign_codec.decode_signs(data, parameters, span, nnz)
+                return Chunk(numel, positions, minus[None])
+            mask = self._mask(record, data)
+            positions = codecs.decode_mask(MaskCodec(record["mask_codec"]), mask, numel, nnz)
+            stored = []
+            for plane in range(1 if entry.has_parameters else entry.dtype.itemsize):
+                end = position + int(record["plane_stored_bytes"][plane])
+                stored.append(data[position:end])
+                position = end
+            planes = codecs.decode_planes(stored, int(record["planes_compressed"]), nnz)
+        except FormatError as error:
+            self._fail(error.rule, f"chunk {number} of {entry.name!r}: {error.detail}")
+        return Chunk(numel, positions, planes)
+
+    def parameters(self, entry: TensorEntry) -> SignParameters | int | None:
+        """Those of signs, or the exponent of the step of levels; None for other tensors.
+
+        Raises:
+            FormatError: C-PADDING, P-DIGEST, P-ZSTD, P-PARAMETERS.
+        """
+        if not entry.has_parameters:
+            return None
+        known = self._last_parameters
+        if known and known[0] == entry.first_chunk:
+            return known[1]
+        record, data = self._chunk_data(entry, 0)
+        found: SignParameters | int
+        try:
+            stream = self._mask(record, data)
+            if entry.value_codec is ValueCodec.SIGNS:
+                found = SignParameters.parse(stream, *rows_and_columns(entry.shape))
+            else:
+                found = sign_codec.parse_levels_parameters(stream)
+        except FormatError as error:
+            self._fail(error.rule, f"{entry.name!r}: {error.detail}")
+        self._last_parameters = entry.first_chunk, found
+        return found
+
+    def _chunk_data(self, entry: TensorEntry, number: int) -> tuple[np.void, bytes]:
+        """Record and stored bytes of one of a tensor's chunk records."""
         index = entry.first_chunk + number
         record = self._index.chunks[index]
         data = self._pread(int(self._index.offsets[index]), int(self._index.padded_bytes[index]))
@@ -147,27 +201,20 @@ class NpsReader:
         data = data[:size]
         if layout.sha256_64(data) != record["sha256_64"].tobytes():
             self._fail("P-DIGEST", f"chunk {number} of {entry.name!r} is damaged")
-        nnz, position = int(record["nnz"]), int(record["mask_stored_bytes"])
-        numel = min(1 << entry.chunk_log2, entry.numel - (number << entry.chunk_log2))
-        try:
-            mask = data[:position]
-            if record["mask_compressed"]:
-                mask = codecs.decompress(mask, int(record["mask_raw_bytes"]))
-            positions = codecs.decode_mask(MaskCodec(record["mask_codec"]), mask, numel, nnz)
-            stored = []
-            for plane in range(entry.dtype.itemsize):
-                end = position + int(record["plane_stored_bytes"][plane])
-                stored.append(data[position:end])
-                position = end
-            planes = codecs.decode_planes(stored, int(record["planes_compressed"]), nnz)
-        except FormatError as error:
-            self._fail(error.rule, f"chunk {number} of {entry.name!r}: {error.detail}")
-        return Chunk(numel, positions, planes)
+        return record, data
+
+    def _mask(self, record: np.void, data: bytes) -> bytes:
+        mask = data[: int(record["mask_stored_bytes"])]
+        if record["mask_compressed"]:
+            return codecs.decompress(mask, int(record["mask_raw_bytes"]))
+        return mask
 
     def chunks_to_read(self, entry: TensorEntry) -> list[int]:
         """Numbers of the chunks that hold anything; a file may have very many that don't."""
-        span = slice(entry.first_chunk, entry.first_chunk + entry.chunk_count)
-        records = self._index.chunks[span]
+        if entry.value_codec is ValueCodec.SIGNS:  # what is drawn shows when they are read
+            return list(range(entry.chunks))
+        first = entry.first_chunk + entry.has_parameters
+        records = self._index.chunks[first : first + entry.chunks]
         intact = (records["sha256_64"] == _DIGEST_OF_NOTHING).all(axis=1)
         found: list[int] = np.flatnonzero(~(intact & (records["nnz"] == 0))).tolist()
         return found
@@ -175,7 +222,7 @@ class NpsReader:
     def read_file(self, entry: TensorEntry) -> bytes:
         """A stored side file. Raises FormatError (C-PADDING, P-*, D-DIGEST)."""
         data = b"".join(
-            self.read_chunk(entry, number).planes.tobytes() for number in range(entry.chunk_count)
+            self.read_chunk(entry, number).planes.tobytes() for number in range(entry.chunks)
         )
         if hashlib.sha256(data).digest() != entry.sha256:
             self._fail_digest(entry)
@@ -188,6 +235,7 @@ class NpsReader:
             FormatError: C-PADDING, P-*, D-DIGEST.
         """
         digest = hashlib.sha256()
+        self.parameters(entry)
         for number in self.chunks_to_read(entry):
             chunk = self.read_chunk(entry, number)
             if entry.op is Op.NEW:

@@ -47,9 +47,19 @@ class TensorEntry:
         return math.prod(self.shape)
 
     @property
-    def chunk_count(self) -> int:
-        """Number of chunk records; the last chunk may be short, a copy has none."""
+    def has_parameters(self) -> bool:
+        """Whether the first chunk record is not of elements but of the tensor's parameters."""
+        return self.value_codec in (ValueCodec.SIGNS, ValueCodec.LEVELS)
+
+    @property
+    def chunks(self) -> int:
+        """Number of chunks of elements; the last one may be short, a copy has none."""
         return 0 if self.op is Op.COPY else -(-self.numel >> self.chunk_log2)
+
+    @property
+    def chunk_count(self) -> int:
+        """Number of chunk records."""
+        return self.chunks + self.has_parameters
 
 
 def base_root(base: Iterable[BaseTensor]) -> bytes:

@@ -47,7 +47,7 @@ class NpsWriter:
     def add_chunks(self, chunks: Iterable[EncodedChunk]) -> None:
         """Write chunks of the tensor that the next ``add_tensor`` names."""
         for chunk in chunks:
-            self._raw_bytes += chunk.raw_bytes
+            self._raw_bytes += chunk.raw_bytes + chunk.draws // layout.DRAWS_PER_BYTE
             end = self._offset + layout.aligned(len(chunk.data))
             if self._raw_bytes > layout.max_raw_bytes(end - layout.HEADER_BYTES):
                 chunk = chunk.stored_raw()

@@ -1,0 +1,284 @@
+"""Tensors stored as signs, and small ones as levels: streams to words, and back.
+
+A reader draws again which elements are kept, and computes how far each moves, from the tensor's
+*parameters*: a seed, factors of rows and columns, and what the recipe makes of them. Defined byte
+by byte in format_spec/SPEC.md. Decoding treats every stream as hostile.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from nps_compress._jit import jit
+from nps_compress.codecs import (
+    DEFAULT_LEVEL,
+    EncodedChunk,
+    MaskCodec,
+    Positions,
+    compress_if_smaller,
+)
+from nps_compress.draws import LEVELS, short_draw
+from nps_compress.dtypes import DType, Words, round_float32, to_float32
+from nps_compress.errors import FormatError
+from nps_compress.rank_one import LARGEST as LARGEST_EXPONENT
+from nps_compress.rank_one import POWERS, ZERO, RankOne, power
+from nps_compress.rounding import DROPPED_BITS, LARGEST, rounded
+
+SUBSPACES = 64
+LEVELS_PARAMETER_BYTES = 2
+_HEAD, _SUBSPACE = struct.Struct("<QfHH"), struct.Struct("<hHfd")
+_NEVER = -128  # the stored exponent of the factor 0
+_FROM_THE_START = -(1 << 15)
+_PARAMETER_LEVEL = 19  # of zstd: a few hundred bytes a tensor
+
+Bits = npt.NDArray[np.uint8]
+Float32 = npt.NDArray[np.float32]
+Int64 = npt.NDArray[np.int64]
+Signs = tuple[Positions, Bits]
+
+
+def sign_parameter_bytes(subspaces: int, rows: int, columns: int) -> int:
+    """Size of the parameter stream of signs."""
+    return _HEAD.size + subspaces * _SUBSPACE.size + 2 * (rows + columns)
+
+
+def is_sign_parameter_bytes(sizes: Int64, factors: Int64) -> npt.NDArray[np.bool_]:
+    """Whether parameter streams of signs may have these sizes. factors: rows + columns. All [n]."""
+    subspaces = sizes - _HEAD.size - 2 * factors
+    least, most = _SUBSPACE.size, SUBSPACES * _SUBSPACE.size
+    return (subspaces % least == 0) & (subspaces >= least) & (subspaces <= most)
+
+
+@dataclass(frozen=True)
+class SignParameters:
+    """What says which elements of a matrix are kept and how far they move.
+
+    Subspace m begins at the score exponent ``first[m]`` (half octaves); an element's probability
+    is its score times ``rate[m]``, and what it moves by is multiplied by ``scale[m]``.
+    """
+
+    seed: int
+    gain: float
+    first: tuple[int, ...]
+    rate: tuple[float, ...]
+    scale: tuple[float, ...]
+    sizes: RankOne
+    importance: RankOne
+
+    def to_bytes(self) -> bytes:
+        """The parameter stream."""
+        head = _HEAD.pack(self.seed, self.gain, len(self.first), 0)
+        subspaces = (
+            _SUBSPACE.pack(first if number else _FROM_THE_START, 0, scale, rate)
+            for number, (first, rate, scale) in enumerate(
+                zip(self.first, self.rate, self.scale, strict=True)
+            )
+        )
+        factors = (self.sizes.rows, self.sizes.columns)
+        others = (self.importance.rows, self.importance.columns)
+        stored = (np.where(each == ZERO, _NEVER, each) for each in (*factors, *others))
+        return head + b"".join(subspaces) + b"".join(e.astype(np.int8).tobytes() for e in stored)
+
+    @classmethod
+    def parse(cls, data: bytes, rows: int, columns: int) -> SignParameters:
+        """Undo :meth:`to_bytes`. Raises FormatError (P-PARAMETERS)."""
+        seed, gain, count, reserved = _HEAD.unpack_from(data)
+        if reserved:
+            _fail("reserved bytes are not zero")
+        if not 1 <= count <= SUBSPACES or sign_parameter_bytes(count, rows, columns) != len(data):
+            _fail(f"{count} subspaces in {len(data)} bytes")
+        if not math.isfinite(gain) or math.copysign(1, gain) < 0:
+            _fail(f"gain of {gain}")
+        table = [
+            _SUBSPACE.unpack_from(data, _HEAD.size + number * _SUBSPACE.size)
+            for number in range(count)
+        ]
+        first, reserved_words, scale, rate = zip(*table, strict=True)
+        if any(reserved_words):
+            _fail("reserved bytes are not zero")
+        if first[0] != _FROM_THE_START or list(first) != sorted(set(first)):
+            _fail(f"subspaces begin at {first}")
+        if not all(math.isfinite(value) and value > 0 for value in (*scale, *rate)):
+            _fail("a scale or rate is not finite and positive")
+        at = _HEAD.size + count * _SUBSPACE.size
+        exponents = np.frombuffer(data, np.int8, offset=at).astype(np.int16)
+        edges = np.cumsum((rows, columns, rows))
+        parts = np.split(exponents, edges)
+        for part, may_be_zero in zip(parts, (True, True, False, False), strict=True):
+            odd = np.abs(part) > LARGEST_EXPONENT
+            if may_be_zero:
+                odd &= part != _NEVER
+            if odd.any():
+                _fail(f"an exponent of {part[odd][0]}")
+        sizes = (np.where(part == _NEVER, ZERO, part).astype(np.int16) for part in parts[:2])
+        return cls(seed, gain, first, rate, scale, RankOne(*sizes), RankOne(*parts[2:]))
+
+    @cached_property
+    def _score(self) -> RankOne:
+        return self.sizes.times(self.importance)
+
+    @cached_property
+    def _tables(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        """By score exponent, from the least: draws below that level are kept; factor of the size.
+
+        The same operations as in prune.select, so that a search sees what is stored.
+        """
+        with np.errstate(over="ignore"):
+            scores = POWERS * np.float32(self.gain)
+        exponents = np.arange(scores.size) - scores.size // 2
+        m = np.searchsorted(np.array(self.first[1:]), exponents, side="right")
+        with np.errstate(over="ignore"):
+            level = LEVELS * (scores.astype(np.float64) * np.array(self.rate)[m])
+        level = np.where(scores > 0, np.minimum(LEVELS, np.rint(level)), 0)
+        scale = np.array(self.scale, np.float32).astype(np.float64)[m]
+        with np.errstate(over="ignore"):
+            factor = np.where(level > 0, scale * LEVELS / np.maximum(level, 1), 0).astype(
+                np.float32
+            )
+        return level.astype(np.int32), factor
+
+    def drawn(self, start: int, stop: int) -> Positions:
+        """Elements kept among ``start`` to ``stop``, ascending, counted from ``start``."""
+        positions = np.empty(stop - start, np.uint32)
+        score = self._score
+        levels, seed = self._tables[0], np.uint64(self.seed)
+        found = _drawn(score.rows, score.columns, levels, seed, start, stop, positions)
+        return positions[:found].copy()
+
+    def apply(
+        self, start: int, positions: Positions, minus: Bits, base: Words, out: Words, dtype: DType
+    ) -> None:
+        """Write the words of drawn elements. minus: [nnz] 0 or 1; base, out: [n], may be one."""
+        with np.errstate(over="ignore"):
+            sizes = POWERS * np.float32(self.gain)
+        changes = np.empty(positions.size, np.float32)
+        score = (self._score.rows, self._score.columns)
+        own = (self.sizes.rows, self.sizes.columns)
+        _changes(*score, *own, sizes, self._tables[1], start, positions, minus, changes)
+        add_changes(positions, changes, base, out, dtype)
+
+
+def parameter_chunk(data: bytes) -> EncodedChunk:
+    """The first chunk of a tensor: its parameter stream."""
+    stored, compressed = compress_if_smaller(data, _PARAMETER_LEVEL)
+    return EncodedChunk(0, MaskCodec.PARAMETERS, len(data), compressed, stored, 0, ())
+
+
+def encode_signs(parameters: SignParameters, start: int, signed: Float32) -> EncodedChunk:
+    """Signs of what is kept of the changes from position ``start`` on. signed: [n]."""
+    positions = parameters.drawn(start, start + signed.size)
+    minus = np.packbits(signed[positions] < 0, bitorder="little").tobytes()
+    return EncodedChunk(positions.size, MaskCodec.DRAWN, 0, False, b"", 0, (minus,), signed.size)
+
+
+def decode_signs(stored: bytes, parameters: SignParameters, span: range, nnz: int) -> Signs:
+    """What is kept of ``span``, and which of it moves down.
+
+    -> [nnz] positions, ascending, counted from the span's start, and [nnz] 0 or 1.
+
+    Raises:
+        FormatError: P-POPCOUNT, P-TAIL.
+    """
+    positions = parameters.drawn(span.start, span.stop)
+    if positions.size != nnz:
+        raise FormatError("P-POPCOUNT", f"{positions.size} elements are drawn, not {nnz}")
+    minus = np.unpackbits(np.frombuffer(stored, np.uint8), bitorder="little")
+    if minus[nnz:].any():
+        raise FormatError("P-TAIL", "bits are set past the last sign")
+    return positions, minus[:nnz]
+
+
+def encode_levels(levels: npt.NDArray[np.int8], compression: int = DEFAULT_LEVEL) -> EncodedChunk:
+    """Levels of a chunk. levels: [n]."""
+    stored, compressed = compress_if_smaller(levels.tobytes(), compression)
+    return EncodedChunk(levels.size, MaskCodec.FULL, 0, False, b"", int(compressed), (stored,))
+
+
+def levels_parameters(exponent: int) -> bytes:
+    """The parameter stream of levels: the step is 2^(exponent / 2)."""
+    return struct.pack("<h", exponent)
+
+
+def parse_levels_parameters(data: bytes) -> int:
+    """Undo :func:`levels_parameters`. Raises FormatError (P-PARAMETERS)."""
+    exponent: int = struct.unpack("<h", data)[0]
+    if abs(exponent) > 2 * LARGEST_EXPONENT:
+        _fail(f"a step of 2^({exponent} / 2)")
+    return exponent
+
+
+def level_changes(levels: npt.NDArray[np.int8], exponent: int) -> Float32:
+    """Levels times the step. levels: [n] -> [n]."""
+    return levels.astype(np.float32) * power(exponent)
+
+
+def add_changes(
+    positions: Positions, changes: npt.NDArray[np.float32], base: Words, out: Words, dtype: DType
+) -> None:
+    """out = base + changes at these positions, rounded, the base elsewhere.
+
+    An element whose sum is its base's value, or is not finite, keeps the base's word. changes:
+    [nnz]; base, out: [n] words, which may be the same.
+    """
+    before = to_float32(base[positions], dtype)
+    values = np.empty(positions.size, np.float32)
+    dropped, largest = np.uint32(DROPPED_BITS[dtype.name]), np.float32(LARGEST[dtype.name])
+    moved = np.empty(positions.size, np.int64)
+    found = _moved(before, changes, dropped, largest, values, moved)
+    if out is not base:
+        np.copyto(out, base)
+    out[positions[moved[:found]]] = round_float32(values[:found], dtype)
+
+
+def _fail(detail: str) -> NoReturn:
+    raise FormatError("P-PARAMETERS", f"parameters: {detail}")
+
+
+@jit
+def _drawn(rows, columns, levels, seed, start, stop, positions):  # type: ignore[no-untyped-def]
+    row, column = start // columns.size, start % columns.size
+    middle = levels.size // 2
+    found = 0
+    for position in range(start, stop):
+        at = middle + np.int64(rows[row]) + np.int64(columns[column])
+        column += 1
+        if column == columns.size:
+            row, column = row + 1, 0
+        if at >= 0 and short_draw(seed, position) < levels[at]:
+            positions[found] = position - start
+            found += 1
+    return found
+
+
+@jit
+def _changes(  # type: ignore[no-untyped-def]
+    rows, columns, own_rows, own_columns, sizes, factors, start, positions, minus, changes
+):
+    middle = sizes.size // 2
+    for i in range(positions.size):
+        position = start + np.int64(positions[i])
+        row, column = position // columns.size, position % columns.size
+        score = middle + np.int64(rows[row]) + np.int64(columns[column])
+        size = middle + np.int64(own_rows[row]) + np.int64(own_columns[column])
+        change = np.float32(sizes[size] * factors[score])
+        changes[i] = -change if minus[i] else change
+
+
+@jit
+def _moved(before, changes, dropped, largest, values, moved):  # type: ignore[no-untyped-def]
+    found = 0
+    for i in range(before.size):
+        word = rounded(before[i] + changes[i], dropped)
+        if word == before[i] or not abs(word) <= largest or not abs(before[i]) <= largest:
+            continue
+        values[found] = word
+        moved[found] = i
+        found += 1
+    return found
