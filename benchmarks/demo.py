@@ -30,7 +30,7 @@ import nps_compress  # noqa: E402
 import text_classifier  # noqa: E402
 
 TRAIN, CALIBRATION, TEST = 5000, 256, 1500
-DENSITY, SAMPLED_DENSITY = 0.05, 0.01
+DENSITY = 0.05
 SUBSPACES, GENERATIONS, POPULATION = 8, 8, 8
 
 
@@ -121,13 +121,8 @@ def main() -> None:
         calibration=calibration,
         search=nps_compress.SearchOptions(generations=GENERATIONS, population=POPULATION),
     )
-    sampled = nps_compress.Recipe(prune="sampled", density=SAMPLED_DENSITY)
-    pack(
-        f"sampled, density {SAMPLED_DENSITY}",
-        "sampled.nps",
-        f"--density {SAMPLED_DENSITY}",
-        recipe=sampled,
-    )
+    signs = nps_compress.Recipe(prune="signs", density=DENSITY)
+    pack(f"signs, density {DENSITY}", "signs.nps", f"--density {DENSITY}", recipe=signs)
 
     minutes = (time.perf_counter() - started) / 60
     report = {

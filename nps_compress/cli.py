@@ -75,18 +75,17 @@ def _recipe_options(function: F) -> F:
         click.option(
             "--density",
             type=float,
-            default=0.05,
-            show_default=True,
-            help="Share of the weights kept, in (0, 1].",
+            help="Share of the weights kept, in (0, 1].  [default: 0.2 with --prune signs, else "
+            "0.05]",
         ),
         click.option(
             "--prune",
-            type=click.Choice(["magnitude", "sampled", "signs", "random"]),
-            help="magnitude: keep the largest changes. sampled: keep each change with a "
+            type=click.Choice(["signs", "sampled", "magnitude", "random"]),
+            help="signs: keep the signs of changes, drawn in proportion to the mean change of "
+            "their row and column, which give their sizes. sampled: keep each change with a "
             "probability in proportion to its size, scaled so that the expectation is exact. "
-            "signs: likewise, but only their signs, with sizes by row and column. random: keep any "
-            "with the same probability, scaled (DARE).  [default: sampled; with --retain the "
-            "better of sampled and magnitude]",
+            "magnitude: keep the largest changes. random: keep any with the same probability, "
+            "scaled (DARE).  [default: signs; with --retain the best of all but random]",
         ),
         click.option(
             "--grid",
@@ -105,8 +104,8 @@ def _recipe_options(function: F) -> F:
             type=click.Choice(["magnitude", "fisher", "activation"]),
             help="What ranks changes. fisher: magnitude times how much the fine-tune's outputs "
             "react, from gradients on the calibration data. activation: times the size of the "
-            "input, without gradients.  [default: fisher with --prune sampled and --calibration, "
-            "else magnitude]",
+            "input, without gradients.  [default: fisher with --calibration and --prune signs or "
+            "sampled, else magnitude]",
         ),
         click.option(
             "--fitness",
@@ -550,11 +549,18 @@ def import_(patch: Path, base: str, output: Path, force: bool, as_json: bool) ->
 
 
 def _recipe(options: dict[str, Any], calibrated: bool) -> Recipe:
-    from nps_compress.recipe import DEFAULT_RULE, Recipe, default_importance
+    from nps_compress.recipe import (
+        DEFAULT_RULE,
+        Recipe,
+        default_density,
+        default_importance,
+    )
 
     names = ("density", "scope", "grid", "seed")
     plain = {name: options[name] for name in names}
     plain["prune"] = options["prune"] or DEFAULT_RULE
+    if plain["density"] is None:
+        plain["density"] = default_density(plain["prune"])
     plain["importance"] = options["importance"] or default_importance(plain["prune"], calibrated)
     if not calibrated or not options["generations"]:
         return Recipe(**plain)

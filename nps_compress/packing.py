@@ -24,7 +24,7 @@ from nps_compress.format.layout import MIN_CHUNK_LOG2, Op
 from nps_compress.format.records import BaseTensor, TensorEntry, base_root, printable
 from nps_compress.format.writer import NpsWriter, check_name
 from nps_compress.prune import Rule, Selection
-from nps_compress.recipe import DEFAULT_RULE, Recipe, default_importance
+from nps_compress.recipe import DEFAULT_RULE, Recipe, default_density, default_importance
 from nps_compress.reconstruct import BASE_NAME_KEY, FINETUNED_NAME_KEY
 from nps_compress.report import Quality, errors_to_metadata
 from nps_compress.searching import (
@@ -149,12 +149,14 @@ def pack(
 
 
 def default_recipe(calibrated: bool) -> Recipe:
-    """An unbiased sample of 5 % of the weights; where there is calibration data by Fisher
-    importance, in eight subspaces for a search."""
-    if not calibrated:
-        return Recipe()
-    importance = default_importance(DEFAULT_RULE, calibrated)
-    return Recipe.with_subspaces(8, "tail", importance=importance)
+    """What is kept where nothing is asked for; with calibration data ranked by importance, and in
+    eight subspaces for a search."""
+    options = {
+        "prune": DEFAULT_RULE,
+        "density": default_density(DEFAULT_RULE),
+        "importance": default_importance(DEFAULT_RULE, calibrated),
+    }
+    return Recipe.with_subspaces(8 if calibrated else 1, "tail", **options)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ from nps_compress.prune import (
 )
 
 VERSION = 1
-DEFAULT_RULE: Rule = "sampled"  # best on average over `make quality`
+# Best on average over `make quality`, at a third of the bytes of the next best.
+DEFAULT_RULE: Rule = "signs"
 Importance = Literal["magnitude", "fisher", "activation"]
 IMPORTANCES: tuple[Importance, ...] = get_args(Importance)
 Scope = Literal["global", "tensor"]
@@ -148,6 +149,11 @@ class Recipe:
             return cls(**value)
         except (TypeError, ValueError) as error:
             raise RecipeError(path, str(error)) from error
+
+
+def default_density(rule: Rule) -> float:
+    """Signs are cheap: four times as many fit into a third of the bytes."""
+    return 0.2 if rule == "signs" else 0.05
 
 
 def default_importance(rule: Rule, calibrated: bool) -> Importance:

@@ -305,7 +305,7 @@ def test_ctrl_c_keeps_the_search_and_the_same_command_resumes(classifier_pair, t
     out = tmp_path / "r.json"
     arguments = [
         *("search", base, tuned, "-o", out, "--calibration", calibration),
-        *("--generations", "40", "--subspaces", "3"),
+        *("--generations", "40", "--subspaces", "3", "--prune", "sampled"),
     ]
     command = [sys.executable, "-m", "nps_compress.cli", *map(str, arguments)]
     process = subprocess.Popen(

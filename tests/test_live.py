@@ -280,9 +280,9 @@ class TestLiveModel:
         assert count(replace(sampled, grid=True)) == 0
         assert count(replace(sampled, seed=1)) == tensors
         # Only what one group reaches further for.
-        assert count(Recipe(density=0.05, seed=1, group_densities={"mlp": 3.0})) == 1
+        assert count(replace(sampled, seed=1, group_densities={"mlp": 3.0})) == 1
         live.apply_base()
-        assert count(Recipe(density=0.05, seed=1)) == 0
+        assert count(replace(sampled, seed=1)) == 0
 
     def test_few_weights_are_written(self, folders):
         """From one candidate to the next: what differs, and nothing else is touched."""
@@ -320,9 +320,10 @@ class TestSmallTensors:
         # 10 % of 200,000 at two bytes are 40,000 bytes: a hundredth is 100 floats.
         for small, expected in ((100, ["mlp"]), (101, ["mlp", "small"])):
             pruner = pruner_of(self.folders(tmp_path / str(small), small))
-            assert pruner.pruned_groups(Recipe(density=0.1)) == expected
-            assert pruner.pruned_groups(Recipe(density=0.05)) == ["mlp", "small"]
-            assert pruner.pruned_groups(Recipe(density=0.2)) == ["mlp"]
+            for density, groups in ((0.1, expected), (0.05, ["mlp", "small"]), (0.2, ["mlp"])):
+                assert pruner.pruned_groups(Recipe(prune="sampled", density=density)) == groups
+            # Of signs sixteen times as many for the same bytes.
+            assert pruner.pruned_groups(Recipe(prune="signs", density=0.2)) == ["mlp", "small"]
 
     @pytest.mark.parametrize("prune", ["magnitude", "sampled"])
     def test_in_a_file(self, tmp_path, prune):

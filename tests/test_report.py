@@ -289,7 +289,7 @@ class TestDistortion:
         assert not [key for key in found["metadata"] if key.startswith("quality_")]
 
     def test_it_travels_with_an_export(self, tiny, tmp_path):
-        nps_compress.pack(*tiny, tmp_path / "t.nps")
+        nps_compress.pack(*tiny, tmp_path / "t.nps", recipe=Recipe(prune="sampled"))
         patch = tmp_path / "p.safetensors"
         nps_compress.export_sparse(tiny[0], tmp_path / "t.nps", patch)
         nps_compress.import_sparse(tiny[0], patch, tmp_path / "u.nps")
@@ -391,7 +391,7 @@ class TestInspect:
         text = run("inspect", tmp_path / "t.nps")
         assert text.splitlines()[0].split()[-1] == "error"
         assert "1 as if nothing were kept" in text
-        assert "recipe: an unbiased sample of 0.05 of the changes" in text
+        assert "recipe: signs of 0.2 of the changes" in text
         assert "quality, as measured" not in text
         nps_compress.pack(*tiny, tmp_path / "t.nps", lossless=True, force=True)
         text = run("inspect", tmp_path / "t.nps")
@@ -541,7 +541,9 @@ class TestCard:
             tmp_path / "b",
             {n: torch.randn(1000, generator=rng) * (i + 1) for i, n in enumerate(values)},
         )
-        nps_compress.pack(base, tuned, tmp_path / "t.nps", recipe=Recipe(density=0.2))
+        nps_compress.pack(
+            base, tuned, tmp_path / "t.nps", recipe=Recipe(prune="sampled", density=0.2)
+        )
         card = nps_compress.model_card(tmp_path / "t.nps")
         shown = re.findall(r"^\| `(t\d)` \| ([\d.]+) \|", card, re.M)
         assert [name for name, _ in shown] == ["t0", "t1", "t2", "t3", "t4"]
