@@ -1,7 +1,8 @@
 """The smallest recipe that keeps a share of the fine-tune's quality.
 
-For each rule in turn, densities are tried from the largest down, a factor of sqrt(2) apart, until
-two in a row keep too little; then the step below the smallest that kept enough is halved twice.
+For each rule in turn, densities are tried from a half (for signs from 1) down, a factor of sqrt(2)
+apart, until two in a row keep too little, or no longer make a difference to the cost; then the step
+below the smallest that kept enough is halved twice.
 Going down step by step costs more trials than bisection and does not trust one lucky draw far down.
 The rule that holds at the least cost wins: which one that is depends on the fine-tune.
 """
@@ -24,6 +25,7 @@ from nps_compress.report import RATIOS, Quality, Trial
 LARGEST_DENSITY, STEP, REFINEMENTS = 0.5, math.sqrt(2), 2
 SMALLEST_DENSITY = 1e-5
 _FAILURES = 2
+_NO_GAIN = 0.999
 _RESAMPLES, _CONFIDENCE = 2000, 0.95
 
 
@@ -95,7 +97,7 @@ def find_recipe(
     best: tuple[Recipe, Measured] | None = None
     for rule in rules:
         ruled = replace(recipe, prune=rule, grid=recipe.grid and rule == "sampled")
-        asked = _densities()
+        asked = _densities(1.0 if rule == "signs" else LARGEST_DENSITY)
         density = next(asked)
         while True:
             candidate = replace(ruled, density=density)
@@ -108,6 +110,10 @@ def find_recipe(
             try:
                 density = asked.send(enough)
             except StopIteration:
+                break
+            if density < candidate.density and cost(replace(ruled, density=density)) > (
+                _NO_GAIN * cost(candidate)
+            ):
                 break
     if best is None:
         closest = max(trials, key=lambda trial: trial.retained)
@@ -127,9 +133,9 @@ def find_recipe(
     return recipe, quality
 
 
-def _densities() -> Generator[float, bool]:
+def _densities(largest: float) -> Generator[float, bool]:
     """Densities to try, given after each whether it kept enough."""
-    density, least = LARGEST_DENSITY, None
+    density, least = largest, None
     failed: list[float] = []  # in a row, the larger first
     while len(failed) < _FAILURES and density > SMALLEST_DENSITY:
         if (yield density):

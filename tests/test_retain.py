@@ -290,7 +290,7 @@ class TestPack:
         stored = nps_compress.inspect(out)["metadata"]
         assert stored["quality_metric"] == "agreement"
         assert float(stored["quality_retained"]) == pytest.approx(quality.retained, abs=1e-5)
-        assert json.loads(stored["quality_trials"])[0][0] == 0.5
+        assert json.loads(stored["quality_trials"])[0][0] == 1.0  # signs
         assert len(stored["quality_data_sha256"]) == 64
         assert json.loads(stored["recipe"])["density"] == quality.density
         nps_compress.verify(base, out)
