@@ -10,8 +10,7 @@ that are there are not measured again. Test data are seen by nothing but the las
 the bytes of the file, for a baseline its cost by formula and 16 bits for each element that it
 leaves alone (a new head). ``entropy_bits`` is what the same would cost if kept positions were coded
 at their entropy within each tensor and each change as a sign, with what the rest of the file takes.
-For ``signs``, whose positions follow from a seed, it is one bit a kept change, row and column
-factors at their entropy, and rounded tensors at theirs.
+It says nothing of other rules, whose values are no signs, or (``signs``) stored as such.
 ``kl`` is the mean divergence from the fine-tune's own outputs on test data, in nats a prediction,
 ``agreement`` the share of predictions (classes, next tokens) whose likeliest is the fine-tune's.
 ``cost`` counts passes over the calibration data.
@@ -22,8 +21,8 @@ How a search got there is in results/search.csv: the best fitness after each gen
 from __future__ import annotations
 
 import argparse
-import functools
 import itertools
+import math
 import statistics
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -38,14 +37,10 @@ import baselines
 import nps_compress
 import rows
 import tasks
-from nps_compress.calibration import read_examples
 from nps_compress.checkpoint import open_checkpoint, pair
 from nps_compress.dtypes import PRUNABLE
 from nps_compress.models import weights_of
 from nps_compress.prune import Rule
-from nps_compress.recipe import Importance
-from nps_compress.searching import counted
-from nps_compress.signs import levels_of
 from training import IGNORED, Batch
 
 RESULT = rows.RESULTS / "quality.csv"
@@ -59,7 +54,7 @@ SEARCH_FIELDS = (
     *("task", "method", "setting", "seed", "generation", "evaluations", "fitness", "best"),
     *("start", "finetuned"),
 )
-AT_ENTROPY = ("NPS over sampled, fisher", "ours: signs, fisher", "NPS over signs, fisher")
+AT_ENTROPY = ("NPS over sampled, fisher", "ours: sampled, fisher")
 KL_BATCHES = 16  # of the test data; what a language model says of all would fill the memory
 
 
@@ -171,50 +166,21 @@ def ours(
 def _entropy(
     pair_: Pair, weights: Mapping[str, torch.Tensor], recipe: nps_compress.Recipe
 ) -> float | None:
-    """Bits a parameter at entropy; None for rules whose values are not signs."""
-    if recipe.prune not in ("sampled", "signs"):
+    """Bits a parameter of positions at their entropy by tensor, a sign each, and whole tensors."""
+    if recipe.prune != "sampled":
         return None
-    factors = _factor_bits(pair_.task, recipe.importance) if recipe.prune == "signs" else {}
     bits = 0.0
     for name, tensor in pair_.tuned.items():
         if name not in pair_.base:
             bits += 16 * tensor.numel()
             continue
-        moved = weights[name] - pair_.base[name]
-        kept = int(moved.count_nonzero())
-        if recipe.prune == "sampled":
-            share = kept / tensor.numel()
-            bits += kept + tensor.numel() * _entropy_of(torch.tensor([share, 1 - share]))
-        elif name in factors:
-            bits += kept + factors[name]
-        else:
-            levels = levels_of((tensor - pair_.base[name]).numpy().reshape(-1))[1]
-            bits += _code_bits(torch.from_numpy(levels))
+        kept = int((weights[name] != pair_.base[name]).sum())
+        share = kept / tensor.numel()
+        if 0 < share < 1:
+            each = -share * math.log2(share) - (1 - share) * math.log2(1 - share)
+            bits += tensor.numel() * each
+        bits += kept
     return bits / pair_.numel
-
-
-@functools.lru_cache(maxsize=2)
-def _factor_bits(task: tasks.Task, importance: Importance) -> dict[str, float]:
-    """Bits of the factors of rows and columns, at their entropy, of tensors stored as signs."""
-    found = pair(open_checkpoint(task.base), open_checkpoint(task.finetuned))
-    recipe = nps_compress.Recipe(prune="signs", importance=importance)
-    pruner = counted(found, recipe, read_examples(task.calibration), task.calibration, False)
-    return {
-        name: sum(_code_bits(torch.from_numpy(each)) for each in pruner.factors(name))
-        for name in pruner.names
-        if pruner.factors(name)
-    }
-
-
-def _code_bits(values: torch.Tensor) -> float:
-    """Bits of these values in a code made for them. values: [n]."""
-    shares = values.unique(return_counts=True)[1].double() / values.numel()
-    return values.numel() * _entropy_of(shares)
-
-
-def _entropy_of(shares: torch.Tensor) -> float:
-    some = shares[shares > 0].double()
-    return float(-(some * some.log2()).sum())
 
 
 def methods(full: bool) -> Iterator[tuple[str, str, bool, Method]]:
