@@ -230,33 +230,31 @@ def _baselines(densities: Sequence[float]) -> Iterator[tuple[str, str, bool, Met
 
 def _searches(full: bool) -> Iterator[tuple[str, str, bool, Method]]:
     def found(
-        density: float,
-        genes: str = "subspaces",
-        draws: int = 1,
-        generations: int = 12,
-        **options: object,
+        genes: str = "subspaces", draws: int = 1, generations: int = 12, **options: object
     ) -> Method:
         search = nps_compress.SearchOptions(
             genes=tuple(genes.split(",")), draws=draws, generations=generations
         )
-        return ours(search=search, density=density, **options)  # type: ignore[arg-type]
+        return ours(search=search, **options)  # type: ignore[arg-type]
 
     for d in (0.05, 0.01):
         at = f"density {d}"
-        paper = found(d, subspaces=8, cuts="equal", prune="magnitude")
+        paper = found(subspaces=8, cuts="equal", prune="magnitude", density=d)
         yield "NPS, equal subspaces (paper)", at, True, paper
         if d == 0.01 or full:
-            tail = found(d, subspaces=8, prune="magnitude")
+            tail = found(subspaces=8, prune="magnitude", density=d)
             yield "NPS, tail subspaces", at, True, tail
-            over = found(d, subspaces=8, prune="sampled", importance="fisher")
+            over = found(subspaces=8, prune="sampled", importance="fisher", density=d)
             yield "NPS over sampled, fisher", at, True, over
-    for d in (0.02, 0.05, 0.1) if full else (0.05,):
+    for d in (0.02, 0.05, 0.1, 0.2) if full else (0.05, 0.2):
         at = f"density {d}"
-        of: dict[str, Any] = {"prune": "signs", "importance": "fisher"}
-        yield "signs, fisher: best of 8 seeds", at, True, found(d, draws=8, generations=1, **of)
-        yield "NPS over signs, fisher", at, True, found(d, subspaces=8, **of)
-        groups = found(d, "groups,group-density", **of)
-        yield "NPS over signs, fisher: groups", at, True, groups
+        of: dict[str, Any] = {"density": d, "prune": "signs", "importance": "fisher"}
+        yield "NPS over signs, fisher", at, True, found(subspaces=8, **of)
+        if d == 0.05 or full:
+            draws = found(draws=8, generations=1, **of)
+            yield "signs, fisher: best of 8 seeds", at, True, draws
+            groups = found("groups,group-density", **of)
+            yield "NPS over signs, fisher: groups", at, True, groups
 
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -186,8 +186,8 @@ def _recipe_options(function: F) -> F:
 @click.option(
     "--retain",
     type=float,
-    help="Find the least density that keeps this share of the fine-tune's quality (0.99) on the "
-    "calibration data, by --prune sampled or magnitude unless told which.",
+    help="Find the smallest file that keeps this share of the fine-tune's quality (0.99) on the "
+    "calibration data, by the rule that needs the fewest bits unless told which.",
 )
 @_recipe_options
 @click.option(
@@ -218,7 +218,7 @@ def pack(
     \b
     Example:
       nps-compress pack base/ law/ -o law.nps
-      nps-compress pack base/ law/ -o law.nps --density 0.01
+      nps-compress pack base/ law/ -o law.nps --density 0.05
       nps-compress pack base/ law/ -o law.nps --calibration law.jsonl
       nps-compress pack base/ law/ -o law.nps --calibration law.jsonl --retain 0.99
     """

@@ -322,8 +322,10 @@ class TestSmallTensors:
             pruner = pruner_of(self.folders(tmp_path / str(small), small))
             for density, groups in ((0.1, expected), (0.05, ["mlp", "small"]), (0.2, ["mlp"])):
                 assert pruner.pruned_groups(Recipe(prune="sampled", density=density)) == groups
-            # Of signs sixteen times as many for the same bytes.
-            assert pruner.pruned_groups(Recipe(prune="signs", density=0.2)) == ["mlp", "small"]
+        # 200,000 signs are 25,000 bytes.
+        for small, expected in ((62, ["mlp"]), (63, ["mlp", "small"])):
+            pruner = pruner_of(self.folders(tmp_path / str(small), small))
+            assert pruner.pruned_groups(Recipe(prune="signs", density=1.0)) == expected
 
     @pytest.mark.parametrize("prune", ["magnitude", "sampled"])
     def test_in_a_file(self, tmp_path, prune):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +18,6 @@ from nps_compress.checkpoint import open_checkpoint, pair
 from nps_compress.dtypes import BY_NAME, round_float32, to_float32
 from nps_compress.prune import COEFFICIENTS
 from nps_compress.rank_one import RankOne
-from nps_compress.recipe import Recipe as AnyRecipe
 from nps_compress.sign_codec import (
     SignParameters,
     add_changes,
@@ -193,8 +193,8 @@ def test_a_file_rebuilds_what_pruning_made(tmp_path, rng, name, scope, shape):
     tuned = {n: (t.float() + normal(t.shape, 0.01)).to(dtype) for n, t in base.items()}
     folders = [write_checkpoint(tmp_path / n, t) for n, t in (("base", base), ("tuned", tuned))]
     recipe = Recipe.with_subspaces(3, "tail", prune="signs", density=0.3, scope=scope, seed=9)
-    scale = tuple(float(np.exp(rng.normal(0, 0.5))) for _ in range(3))
-    recipe = AnyRecipe(**{**recipe.__dict__, "coefficients": scale})
+    scale, share = (tuple(np.exp(rng.normal(0, 0.5, 3)).tolist()) for _ in range(2))
+    recipe = replace(recipe, coefficients=scale, subspace_densities=share)
     out = tmp_path / "t.nps"
     nps_compress.pack(*folders, out, recipe=recipe)
     pruner = Pruner(pair(*map(open_checkpoint, folders)), recipe)
@@ -225,3 +225,19 @@ def test_extreme_factors_of_a_search(tmp_path):
             out = tmp_path / f"{number}-{density}.nps"
             nps_compress.pack(*folders, out, recipe=recipe)
             nps_compress.verify(folders[0], out)
+
+
+def test_where_next_to_nothing_is_kept_positions_are_stored(tmp_path):
+    """A reader's draws are bounded by the size of the file."""
+    generator = torch.Generator().manual_seed(4)
+    base = {"mlp.weight": torch.randn(1000, 900, generator=generator).bfloat16()}
+    tuned = {
+        n: t + 0.01 * torch.randn(t.shape, generator=generator).bfloat16() for n, t in base.items()
+    }
+    folders = [write_checkpoint(tmp_path / n, t) for n, t in (("base", base), ("tuned", tuned))]
+    for density, as_signs in ((2e-3, True), (5e-4, False)):
+        out = tmp_path / f"{density}.nps"
+        nps_compress.pack(*folders, out, recipe=Recipe(prune="signs", density=density))
+        (tensor,) = nps_compress.inspect(out)["tensors"]
+        assert ("signs" in tensor["codecs"]) == as_signs
+        nps_compress.verify(folders[0], out)
