@@ -488,7 +488,7 @@ def _looks(methods_seen: Sequence[str]) -> dict[str, dict[str, Any]]:
         is_ours = any(word in method for word in ("ours", "NPS over", "sampled"))
         looks[method] = {
             "color": colours[number % 10],
-            "marker": "osD^vP*X"[number // 10 % 8] if not is_ours else "o*XPD"[number % 5],
+            "marker": "osD^vP*X"[number // 10 % 8] if not is_ours else "o*XPDv<s"[number % 7],
             "linewidth": 2 if is_ours else 0.8,
             "markersize": 7 if is_ours else 4,
             "linestyle": "-" if is_ours else ":",
