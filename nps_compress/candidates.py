@@ -223,13 +223,15 @@ class Pruner:
         assert histogram is not None  # count() lists such tensors only
         return _plan(Ranking.of([histogram]), recipe, [group]), 0
 
-    def sign_parameters(self, name: str, shared: Selection | None) -> SignParameters:
+    def sign_parameters(
+        self, name: str, loaded: Loaded, shared: Selection | None
+    ) -> SignParameters:
         """What a reader needs to draw the signs of a pruned tensor again."""
         scales, importance = self._scales[name], self._importance.get(name)
         sizes = scales.sizes
         if importance is None:
             importance = RankOne(np.zeros_like(sizes.rows), np.zeros_like(sizes.columns))
-        selection, group = self.selection_of(name, self.load(name), shared)
+        selection, group = self.selection_of(name, loaded, shared)
         subspaces = subspaces_by_exponent(selection, group, scales.gain)
         first, rate, scale = zip(*subspaces, strict=True)
         seed = tensor_seed(self.recipe.seed, name)

@@ -13,20 +13,22 @@ LEVELS = 65536.0  # of short draws
 
 
 @jit
-def draw_of(seed, position):  # type: ignore[no-untyped-def]
-    """splitmix64 of a counter: the top 53 bits are uniform on [0, 1)."""
-    z = seed + np.uint64(position + 1) * np.uint64(0x9E3779B97F4A7C15)
+def _splitmix64(seed, number):  # type: ignore[no-untyped-def]
+    """Output ``number`` of the generator that starts from ``seed``: 64 random bits."""
+    z = seed + np.uint64(number + 1) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    z = z ^ (z >> np.uint64(31))
-    return np.float64(z >> np.uint64(11)) * 2.0**-53
+    return z ^ (z >> np.uint64(31))
+
+
+@jit
+def draw_of(seed, position):  # type: ignore[no-untyped-def]
+    """Uniform on [0, 1), of 53 bits."""
+    return np.float64(_splitmix64(seed, position) >> np.uint64(11)) * 2.0**-53
 
 
 @jit
 def short_draw(seed, position):  # type: ignore[no-untyped-def]
-    """An integer below 65536: a quarter of the splitmix64 number of every fourth position."""
-    z = seed + np.uint64((position >> 2) + 1) * np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    z = z ^ (z >> np.uint64(31))
+    """An integer below 65536: a quarter of the number that four positions share."""
+    z = _splitmix64(seed, position >> 2)
     return np.int64((z >> np.uint64(16 * (position & 3))) & np.uint64(0xFFFF))

@@ -17,7 +17,7 @@ measures both.
 
 Either is taken as a product of row and column means (as Adafactor does with squares of gradients,
 arXiv 1804.04235), the mean of a row relative to its tensor's and that of a column to the whole
-model's: no worse than a factor for each weight, and cheap enough to store (signs.py).
+model's: cheap enough to store (signs.py).
 """
 
 from __future__ import annotations

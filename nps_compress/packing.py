@@ -303,7 +303,7 @@ def _encode_signs(
         parts = (slice(start, start + (1 << log2)) for start in range(0, numel, 1 << log2))
         first = parameter_chunk(levels_parameters(levels[0]))
         return ValueCodec.LEVELS, log2, [first, *(encode_levels(levels[1][p]) for p in parts)]
-    parameters = pruner.sign_parameters(name, selection)
+    parameters = pruner.sign_parameters(name, loaded, selection)
     log2 = _chunk_log2(numel, max(1, changed // 8))  # of bits
     chunks = [parameter_chunk(parameters.to_bytes())]
     for start in range(0, numel, 1 << log2):
