@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -11,9 +12,11 @@ import numpy.typing as npt
 from nps_compress._threads import bounded_map
 from nps_compress.checkpoint import Pair
 from nps_compress.dtypes import PRUNABLE, DType, Words, round_float32, to_float32
+from nps_compress.grid_codec import GridParameters
 from nps_compress.groups import GROUPS, Group, group_of
 from nps_compress.prune import (
     Elements,
+    Levels,
     Rule,
     Selection,
     plan,
@@ -28,14 +31,20 @@ from nps_compress.signs import Scales, levels_of, scales_of
 from nps_compress.task_vector import HISTOGRAM_BYTES, NEUTRAL, Float32, Histogram, Ranking
 
 SLICE = 1 << 18  # elements handled at once: a few MB, which a core's cache holds
-TINY = 4096  # elements up to which a tensor is rounded, not sampled, where signs are kept
-# Small tensors are kept exactly where that costs no more than this share of the file.
-_EXACT_SHARE, _BITS_PER_KEPT = 0.01, 16
+TINY = 4096  # elements up to which a tensor is rounded, not sampled
+_EXACT_SHARE = 0.01  # of the file, that small tensors may take if kept exactly
 _NOWHERE = np.empty(0, np.uint32)
 # About what each takes on real fine-tunes: a 16-bit value stored exactly, a level, a factor.
 _VALUE_BITS, _LEVEL_BITS, _FACTOR_BITS = 9.5, 2.5, 2.5
 
 Loaded = tuple[Words, DType, Words, DType]  # base and fine-tuned words, each with its dtype
+Kind = Literal["signs", "grid", "exact"]  # of what is stored of each change that is kept
+
+
+def kind_of(rule: Rule) -> Kind:
+    """What a rule has stored."""
+    kinds: dict[Rule, Kind] = {"signs": "signs", "sampled": "grid"}
+    return kinds.get(rule, "exact")
 
 
 def slices(size: int) -> list[slice]:
@@ -68,12 +77,12 @@ class Pruner:
             if pair.base.tensors[base_name].dtype.name in PRUNABLE
             and pair.finetuned.tensors[name].dtype.name in PRUNABLE
         ]
-        self._histograms: dict[bool, dict[Group, Histogram]] = {}  # by whether for signs
-        self._numel: dict[bool, dict[Group, int]] = {}
+        self._histograms: dict[Kind, dict[Group, Histogram]] = {}
+        self._numel: dict[Kind, dict[Group, int]] = {}
         self._scales: dict[str, Scales] = {}
         self.names: list[str] = []
         self._small_bytes = 0
-        self._known: dict[tuple[bool, tuple[Group, ...]], Ranking] = {}
+        self._known: dict[tuple[Kind, tuple[Group, ...]], Ranking] = {}
 
     def count(
         self,
@@ -86,13 +95,13 @@ class Pruner:
         rules: those that recipes will ask for beside the pruner's own.
         """
         tensors = self.pair.finetuned.tensors
-        kinds = sorted({rule == "signs" for rule in (self.recipe.prune, *rules)})
+        kinds = sorted({kind_of(rule) for rule in (self.recipe.prune, *rules)})
 
         def run(name: str) -> list[Histogram] | None:
             loaded = self.load(name)
             if not all(np.isfinite(tau_of(loaded, part)).all() for part in slices(loaded[0].size)):
                 return None
-            if True in kinds and not self._is_rounded(name):
+            if "signs" in kinds and not self._is_rounded(name):
                 self._scales[name] = self._measured_scales(name, loaded)
             histograms = [self._histogram(name, loaded, kind) for kind in kinds]
             return [each for each in histograms if each] if all(histograms) else None
@@ -100,7 +109,7 @@ class Pruner:
         def cost(name: str) -> int:
             return 2 * tensors[name].nbytes + len(kinds) * HISTOGRAM_BYTES
 
-        found: dict[bool, dict[Group, Histogram]] = {kind: {} for kind in kinds}
+        found: dict[Kind, dict[Group, Histogram]] = {kind: {} for kind in kinds}
         results = bounded_map(run, self._candidates, cost, budget)
         for name, histograms in zip(self._candidates, results, strict=True):
             if histograms is not None:
@@ -125,18 +134,18 @@ class Pruner:
         return scales_of(lambda: (tau_of(loaded, part) for part in parts), rows, columns)
 
     def _is_rounded(self, name: str) -> bool:
-        """Whether signs would say too little of a tensor: a vector, or a tiny one."""
+        """Whether a sample would say too little of a tensor: a vector, or a tiny one."""
         shape = self.pair.finetuned.tensors[name].shape
         return len(shape) < 2 or math.prod(shape) <= TINY
 
-    def _histogram(self, name: str, loaded: Loaded, for_signs: bool) -> Histogram | None:
+    def _histogram(self, name: str, loaded: Loaded, kind: Kind) -> Histogram | None:
         """Scores of one tensor; None where one is not finite."""
         histogram = Histogram.empty()
-        if for_signs and self._is_rounded(name):
+        if kind != "exact" and self._is_rounded(name):
             return histogram  # see fixed()
         for part in slices(loaded[0].size):
-            tau, importance = self.changes(name, loaded, part, for_signs)
-            if not histogram.add(*((importance,) if for_signs else (tau, importance))):
+            tau, importance = self.changes(name, loaded, part, kind == "signs")
+            if not histogram.add(*((importance,) if kind == "signs" else (tau, importance))):
                 return None
         return histogram
 
@@ -175,30 +184,30 @@ class Pruner:
     def pruned_groups(self, recipe: Recipe | None = None) -> list[Group]:
         """The groups that are pruned; others are kept exactly.
 
-        Small tensors are exact where their bytes are at most a hundredth of the file's, taking
-        two bytes for each element that is kept of the others, or a bit where it is a sign.
+        Small tensors are exact where that takes at most a hundredth of the file.
         """
         recipe = recipe or self.recipe
-        by_group = self._numel[recipe.prune == "signs"]
+        kind = kind_of(recipe.prune)
+        by_group = self._numel[kind]
         others: list[Group] = [group for group in by_group if group != "small"]
         numel = sum(by_group[group] for group in others)
-        bits = 1 if recipe.prune == "signs" else _BITS_PER_KEPT
-        if 8 * self._small_bytes <= _EXACT_SHARE * bits * recipe.density * numel:
+        if 8 * self._small_bytes <= _EXACT_SHARE * _bits(kind, recipe.density) * numel:
             return others
         return list(by_group)
 
     def expected_bits(self, recipe: Recipe) -> float:
         """About what the pruned tensors take in a file, to compare recipes by."""
-        groups, for_signs = self.pruned_groups(recipe), recipe.prune == "signs"
+        groups, kind = self.pruned_groups(recipe), kind_of(recipe.prune)
         tensors = self.pair.finetuned.tensors
         exact = 0 if "small" in groups else 8 * self._small_bytes
-        numel = sum(self._numel[for_signs][group] for group in groups)
-        if not for_signs:
-            return exact + numel * (_VALUE_BITS * recipe.density + _entropy(recipe.density))
+        numel = sum(self._numel[kind][group] for group in groups)
+        bits = exact + numel * _bits(kind, recipe.density)
+        if kind == "exact":
+            return bits
         rounded = [name for name in self.names if self._is_rounded(name)]
         levels = sum(tensors[name].numel for name in rounded) if "small" in groups else 0
         factors = sum(each.size for name in self._scales for each in self.factors(name))
-        return exact + recipe.density * numel + _LEVEL_BITS * levels + _FACTOR_BITS * factors
+        return bits + _LEVEL_BITS * levels + _FACTOR_BITS * factors
 
     def selection(self, recipe: Recipe | None = None) -> Selection | None:
         """The selection shared by all tensors; None where each is ranked by itself."""
@@ -206,7 +215,7 @@ class Pruner:
         if recipe.scope == "tensor":
             return None
         groups = self.pruned_groups(recipe)
-        key = recipe.prune == "signs", tuple(groups)
+        key = kind_of(recipe.prune), tuple(groups)
         if key not in self._known:
             histograms = self._histograms[key[0]]
             self._known = {key: Ranking.of([histograms[group] for group in groups])}
@@ -219,7 +228,7 @@ class Pruner:
         recipe, group = recipe or self.recipe, self.group(name)
         if shared is not None:
             return shared, self.pruned_groups(recipe).index(group)
-        histogram = self._histogram(name, loaded, recipe.prune == "signs")
+        histogram = self._histogram(name, loaded, kind_of(recipe.prune))
         assert histogram is not None  # count() lists such tensors only
         return _plan(Ranking.of([histogram]), recipe, [group]), 0
 
@@ -227,29 +236,48 @@ class Pruner:
         self, name: str, loaded: Loaded, shared: Selection | None
     ) -> SignParameters:
         """What a reader needs to draw the signs of a pruned tensor again."""
-        scales, importance = self._scales[name], self._importance.get(name)
-        sizes = scales.sizes
-        if importance is None:
-            importance = RankOne(np.zeros_like(sizes.rows), np.zeros_like(sizes.columns))
+        scales, importance = self._scales[name], self._factors_of_importance(name)
         selection, group = self.selection_of(name, loaded, shared)
         subspaces = subspaces_by_exponent(selection, group, scales.gain)
         first, rate, scale = zip(*subspaces, strict=True)
         seed = tensor_seed(self.recipe.seed, name)
-        return SignParameters(seed, scales.gain, first, rate, scale, sizes, importance)
+        return SignParameters(seed, scales.gain, first, rate, scale, scales.sizes, importance)
+
+    def grid_parameters(
+        self, name: str, loaded: Loaded, shared: Selection | None
+    ) -> tuple[GridParameters, GridParameters] | None:
+        """What a reader needs to know of a tensor's multiples, with sizes of rows and columns and
+        without; None where a step of 0 keeps all changes as they are."""
+        selection, group = self.selection_of(name, loaded, shared)
+        if selection.step == 0:
+            return None
+        importance = self._factors_of_importance(name)
+        none = RankOne(np.zeros_like(importance.rows), np.zeros_like(importance.columns))
+        measured = self._scales.get(name) or self._measured_scales(name, loaded)
+        step = float(selection.unit[group])
+        with_sizes, without = (
+            GridParameters.of(step, sizes, importance) for sizes in (measured.sizes, none)
+        )
+        return with_sizes, without
+
+    def _factors_of_importance(self, name: str) -> RankOne:
+        rows, columns = rows_and_columns(self.pair.finetuned.tensors[name].shape)
+        neutral = RankOne(np.zeros(rows, np.int16), np.zeros(columns, np.int16))
+        return self._importance.get(name, neutral)
 
     def levels(self, name: str, loaded: Loaded) -> tuple[int, npt.NDArray[np.int8]] | None:
         """Exponent of the step and levels of a tensor that is rounded; None for any other."""
-        if self.recipe.prune != "signs" or not self._is_rounded(name):
+        if kind_of(self.recipe.prune) == "exact" or not self._is_rounded(name):
             return None
         return levels_of(tau_of(loaded, slice(None)))
 
     def fixed(self, name: str, loaded: Loaded, recipe: Recipe | None = None) -> Float32 | None:
-        """A tensor that no factor of the recipe changes: one kept exactly, or, with signs, rounded.
-        -> [numel], None for any other."""
+        """A tensor that no factor of the recipe changes: one kept exactly, or rounded. -> [numel],
+        None for any other."""
         recipe = recipe or self.recipe
         if self.group(name) not in self.pruned_groups(recipe):
             return to_float32(*loaded[2:])
-        if recipe.prune != "signs" or not self._is_rounded(name):
+        if kind_of(recipe.prune) == "exact" or not self._is_rounded(name):
             return None
         base, dtype = loaded[:2]
         exponent, levels = levels_of(tau_of(loaded, slice(None)))
@@ -257,8 +285,13 @@ class Pruner:
         add_changes(everywhere, level_changes(levels, exponent), base, out, dtype)
         return to_float32(out, dtype)
 
-    def prune(self, name: str, loaded: Loaded, shared: Selection | None) -> Words:
-        """A tensor of a pruned group, pruned by the recipe, in the base's dtype. -> [numel]."""
+    def prune(
+        self, name: str, loaded: Loaded, shared: Selection | None, multiples: Levels | None = None
+    ) -> Words:
+        """A tensor of a pruned group, pruned by the recipe, in the base's dtype. -> [numel].
+
+        multiples: [numel] zeros, receives those of the step that ``sampled`` keeps.
+        """
         fixed = self.fixed(name, loaded)
         if fixed is not None:
             return round_float32(fixed, loaded[1])
@@ -268,9 +301,25 @@ class Pruner:
         for part in slices(base.size):
             changes = self.changes(name, loaded, part, self.recipe.prune == "signs")
             elements = Elements(to_float32(base[part], dtype), *changes, _NOWHERE, part.start)
-            indices, values = select(selection, elements, dtype, seed, group)
+            into = (multiples[part],) if multiples is not None else ()
+            indices, values = select(selection, elements, dtype, seed, group, *into)
             out[part][indices] = round_float32(values, dtype)
         return out
+
+
+def _bits(kind: Kind, density: float) -> float:
+    """About what a weight takes."""
+    if kind == "signs":
+        return density
+    if kind == "exact":
+        return _VALUE_BITS * density + _entropy(density)
+    # Of magnitudes with an exponential distribution in units of the step, rounded at random.
+    low, high = 1e-9, 1e9
+    for _ in range(100):
+        mean = math.sqrt(low * high)
+        low, high = (mean, high) if -mean * math.expm1(-1 / mean) < density else (low, mean)
+    more = math.exp(-1 / high)
+    return _entropy(density) + density * (1 + _entropy(more) / (1 - more))
 
 
 def _entropy(share: float) -> float:
@@ -285,5 +334,4 @@ def _plan(ranking: Ranking, recipe: Recipe, groups: list[Group]) -> Selection:
         recipe.density,
         recipe.top_shares,
         recipe.weighting(groups),
-        recipe.grid,
     )

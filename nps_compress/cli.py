@@ -82,15 +82,10 @@ def _recipe_options(function: F) -> F:
             "--prune",
             type=click.Choice(["signs", "sampled", "magnitude", "random"]),
             help="signs: keep the signs of changes, drawn in proportion to the mean change of "
-            "their row and column, which give their sizes. sampled: keep each change with a "
-            "probability in proportion to its size, scaled so that the expectation is exact. "
+            "their row and column, which give their sizes. sampled: round changes at random to "
+            "multiples of a step, so that the expectation is exact. "
             "magnitude: keep the largest changes. random: keep any with the same probability, "
             "scaled (DARE).  [default: signs; with --retain the best of all but random]",
-        ),
-        click.option(
-            "--grid",
-            is_flag=True,
-            help="With --prune sampled: round what exceeds the step to multiples of it.",
         ),
         click.option(
             "--scope",
@@ -556,7 +551,7 @@ def _recipe(options: dict[str, Any], calibrated: bool) -> Recipe:
         default_importance,
     )
 
-    names = ("density", "scope", "grid", "seed")
+    names = ("density", "scope", "seed")
     plain = {name: options[name] for name in names}
     plain["prune"] = options["prune"] or DEFAULT_RULE
     if plain["density"] is None:

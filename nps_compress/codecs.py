@@ -39,12 +39,13 @@ class MaskCodec(IntEnum):
     BITMASK = 2
     GAP8 = 3
     GAP16 = 4
+    CODED = 9  # come with the magnitudes of integers (grid_codec.py)
     DRAWN = 7  # follow from the tensor's parameters (sign_codec.py)
     PARAMETERS = 8  # not a mask: the first chunk of a tensor that has them
 
 
 class ValueCodec(IntEnum):
-    """How the values at kept positions are stored. 18 to 31 are reserved for quantised values."""
+    """How the values at kept positions are stored. 19 to 31 are reserved for quantised values."""
 
     NONE = 0
     REPLACE = 1
@@ -52,6 +53,7 @@ class ValueCodec(IntEnum):
     ULP = 3
     SIGNS = 16
     LEVELS = 17
+    GRID = 18
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class EncodedChunk:
     mask: bytes
     planes_compressed: int  # bit i set: plane i is a zstd frame
     planes: tuple[bytes, ...]  # least significant byte of each payload word first
-    draws: int = 0  # elements of which a reader must draw which are kept
+    examined: int = 0  # elements of which a reader must find out which are kept
 
     @property
     def data(self) -> bytes:

@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from nps_compress import __version__
 from nps_compress._progress import bar
 from nps_compress._threads import bounded_map
 from nps_compress.atomic import atomic_file, refuse_existing, refuse_input_as_output
-from nps_compress.candidates import SLICE, Loaded, Pruner
+from nps_compress.candidates import SLICE, Loaded, Pruner, kind_of
 from nps_compress.checkpoint import Checkpoint, Pair, open_checkpoint, pair
 from nps_compress.codecs import EncodedChunk, ValueCodec, best_value_codec, encode_chunk
 from nps_compress.distortion import Distortion, distortion, total
@@ -23,7 +24,8 @@ from nps_compress.errors import BaseMismatchError, InvalidArgumentError
 from nps_compress.format.layout import MIN_CHUNK_LOG2, Op
 from nps_compress.format.records import BaseTensor, TensorEntry, base_root, printable
 from nps_compress.format.writer import NpsWriter, check_name
-from nps_compress.prune import Rule, Selection
+from nps_compress.grid_codec import GridParameters, encode_grid
+from nps_compress.prune import Levels, Rule, Selection
 from nps_compress.recipe import DEFAULT_RULE, Recipe, default_density, default_importance
 from nps_compress.reconstruct import BASE_NAME_KEY, FINETUNED_NAME_KEY
 from nps_compress.report import Quality, errors_to_metadata
@@ -48,7 +50,8 @@ from nps_compress.sign_codec import (
 ALWAYS_STORED_BYTES = 16 * 1024
 _KEPT_PER_CHUNK = 16384  # enough that a frame's header and a record cost under 1 %
 _NEW_CHUNK_LOG2 = 20
-_MAX_DRAWS_PER_SIGN = 1024
+_MAX_EXAMINED_PER_KEPT = 1024
+_FACTORS_PAY = 50  # where the rest of a tensor takes so many times their bytes, they surely do
 RETAIN_RULES: tuple[Rule, ...] = ("signs", "sampled", "magnitude")
 
 
@@ -255,10 +258,14 @@ def _encode(
     if base_name is None or (pruner is None and base_dtype != stored.dtype):
         return _encode_new(name, stored.dtype, stored.shape, pair_.finetuned.read(name))
     assert base_dtype is not None
-    moved = Distortion()
+    moved, multiples = Distortion(), None
+    kind = kind_of(pruner.recipe.prune) if pruner else "exact"
     if pruner:
         loaded = pruner.load(name)
-        before, after = loaded[0], pruner.prune(name, loaded, selection)
+        before = loaded[0]
+        if kind == "grid":
+            multiples = np.zeros(before.size, np.int16)
+        after = pruner.prune(name, loaded, selection, multiples)
         moved = distortion(*loaded, after)
     else:
         before, after = pair_.base.read(base_name), pair_.finetuned.read(name)
@@ -270,14 +277,19 @@ def _encode(
     op, codec, chunk_log2 = Op.COPY, ValueCodec.NONE, 0
     chunks: list[EncodedChunk] = []
     # Where fewer are kept, positions cost less than a factor for each row and column, and a reader
-    # would draw more than the format allows.
-    if (
-        pruner
-        and pruner.recipe.prune == "signs"
-        and changed * _MAX_DRAWS_PER_SIGN >= before.size > 0
-    ):
+    # would draw or decode more than the format allows.
+    if pruner and kind != "exact" and changed * _MAX_EXAMINED_PER_KEPT >= before.size > 0:
+        levels = pruner.levels(name, loaded)
+        if levels is not None:
+            codec, chunk_log2, chunks = _encode_levels(*levels)
+        elif multiples is None:
+            codec, chunk_log2, chunks = _encode_signs(pruner, name, loaded, changed, selection)
+        else:
+            found = pruner.grid_parameters(name, loaded, selection)
+            if found:
+                codec, chunk_log2, chunks = _encode_grid(found, multiples, changed)
+    if chunks:
         op = Op.DELTA
-        codec, chunk_log2, chunks = _encode_signs(pruner, name, loaded, changed, selection)
     elif changed:
         op, chunk_log2 = Op.DELTA, _chunk_log2(before.size, changed)
         size = 1 << chunk_log2
@@ -292,17 +304,22 @@ def _encode(
     return _Encoded(entry, chunks, identity, moved)
 
 
+_Streams = tuple[ValueCodec, int, list[EncodedChunk]]  # chunks are of 2^(the number) elements
+
+
+def _encode_levels(exponent: int, levels: npt.NDArray[np.int8]) -> _Streams:
+    """A small tensor. levels: [numel]."""
+    log2 = _chunk_log2(levels.size, levels.size)
+    parts = (slice(start, start + (1 << log2)) for start in range(0, levels.size, 1 << log2))
+    first = parameter_chunk(levels_parameters(exponent))
+    return ValueCodec.LEVELS, log2, [first, *(encode_levels(levels[part]) for part in parts)]
+
+
 def _encode_signs(
     pruner: Pruner, name: str, loaded: Loaded, changed: int, selection: Selection | None
-) -> tuple[ValueCodec, int, list[EncodedChunk]]:
-    """A tensor as signs, or as levels where it is small."""
+) -> _Streams:
+    """A tensor as signs."""
     numel = loaded[0].size
-    levels = pruner.levels(name, loaded)
-    if levels is not None:
-        log2 = _chunk_log2(numel, numel)
-        parts = (slice(start, start + (1 << log2)) for start in range(0, numel, 1 << log2))
-        first = parameter_chunk(levels_parameters(levels[0]))
-        return ValueCodec.LEVELS, log2, [first, *(encode_levels(levels[1][p]) for p in parts)]
     parameters = pruner.sign_parameters(name, loaded, selection)
     log2 = _chunk_log2(numel, max(1, changed // 8))  # of bits
     chunks = [parameter_chunk(parameters.to_bytes())]
@@ -311,6 +328,26 @@ def _encode_signs(
         signed, _ = pruner.changes(name, loaded, part, for_signs=True)
         chunks.append(encode_signs(parameters, start, signed))
     return ValueCodec.SIGNS, log2, chunks
+
+
+def _encode_grid(parameters: Sequence[GridParameters], multiples: Levels, changed: int) -> _Streams:
+    """A tensor as multiples of a step, with whichever parameters make that smallest."""
+    log2 = _chunk_log2(multiples.size, max(1, changed // 8))
+    best: list[EncodedChunk] = []
+    for each in parameters:
+        chunks = [parameter_chunk(each.to_bytes())]
+        factors = len(chunks[0].data)
+        for start in range(0, multiples.size, 1 << log2):
+            chunks.append(encode_grid(each, start, multiples[start : start + (1 << log2)]))
+        if not best or _stored_bytes(chunks) < _stored_bytes(best):
+            best = chunks
+        if factors * _FACTORS_PAY <= _stored_bytes(chunks):
+            break
+    return ValueCodec.GRID, log2, best
+
+
+def _stored_bytes(chunks: Sequence[EncodedChunk]) -> int:
+    return sum(len(chunk.data) for chunk in chunks)
 
 
 def _encode_new(name: str, dtype: DType, shape: tuple[int, ...], words: Words) -> _Encoded:

@@ -7,12 +7,11 @@ the reweighted one. Four rules:
     keep the largest magnitudes (eq. 4), at their reweighted value.
 ``sampled``
     keep each element with probability p = min(1, |t| / step), at t / p, that is at +-step where
-    p < 1: unbiased, and of least variance for the expected number kept. Also known as stochastic
-    rounding of t to {0, +-step}. What is kept is rounded to the base's dtype, and then moves the
-    base by d, not by step; the draw uses |t| / |d|, which keeps the expectation exact. (Where
-    |t| >= step the sum is rounded to nearest, exact unless the fine-tune is in a wider dtype.)
-    With ``grid``, what exceeds the step is rounded at random to one of the two multiples of it
-    beside it, again unbiased: then every value is a small integer times the step.
+    p < 1: unbiased, and of least variance for the expected number kept. What exceeds the step is
+    rounded at random to one of the two multiples of it beside it: every value is a small integer
+    times the step (stochastic rounding). The sum is rounded to the base's dtype, and then moves
+    the base by d, not by a multiple of the step; the draw uses d, which keeps the expectation
+    exact.
 ``signs``
     sample likewise from the task vector as signs (signs.py): whether an element is kept, and at
     which size, then follows from its row, its column and the seed, and only its sign from t.
@@ -20,8 +19,8 @@ the reweighted one. Four rules:
     keep each element with the same probability p, at t / p (DARE, arXiv 2311.03099).
 
 All rank by score: the magnitude times an importance (see importance.py; 1 where there is none).
-``sampled`` then keeps with probability min(1, score / step), at +-step / importance where it is
-below 1: still unbiased, with the errors where they matter least; ``signs`` does the same.
+``sampled`` then keeps with probability min(1, score / step), at multiples of step / importance:
+still unbiased, with the errors where they matter least; ``signs`` does the same.
 
 Draws come from a counter: (seed, tensor name, position) fix the outcome, whatever the chunking.
 Those of ``signs`` have 16 bits, four from each number, and probabilities are rounded to match: a
@@ -42,6 +41,7 @@ import numpy.typing as npt
 from nps_compress._jit import jit
 from nps_compress.draws import LEVELS, draw_of, short_draw
 from nps_compress.dtypes import DType
+from nps_compress.entropy_coding import MAX_MAGNITUDE
 from nps_compress.errors import InvalidArgumentError
 from nps_compress.rank_one import POWERS
 from nps_compress.rounding import DROPPED_BITS, LARGEST, rounded
@@ -57,6 +57,8 @@ RULES: tuple[Rule, ...] = get_args(Rule)
 Cuts = Literal["tail", "equal"]
 CUTS: tuple[Cuts, ...] = get_args(Cuts)
 MAX_SUBSPACES = 64
+Levels = npt.NDArray[np.int16]
+_NOT_WANTED: Levels = np.empty(0, np.int16)
 COEFFICIENTS = (1e-6, 1e6)  # as far as a search may go, narrow enough for float32
 
 
@@ -88,8 +90,9 @@ class Selection:
 
     subspace_of: [KEYS] uint8. rank, scale: [groups, subspaces] float32 factors of score and value.
     ``magnitude``: keys above ``boundary[group, subspace]`` are kept, those at it with probability
-    ``tie_share``. ``sampled`` and ``signs``: ``step`` is that of the scores. ``random``:
-    ``density`` is the probability of each.
+    ``tie_share``. ``sampled`` and ``signs``: ``step`` is that of the scores (0: all that changes is
+    kept); ``unit``: [groups], for ``sampled``, the step of values whose importance is 1.
+    ``random``: ``density`` is the probability of each.
     """
 
     rule: Rule
@@ -99,8 +102,8 @@ class Selection:
     boundary: npt.NDArray[np.int64]
     tie_share: float
     step: float
+    unit: npt.NDArray[np.float64]
     density: float
-    grid: bool
 
 
 def top_shares(subspaces: int, density: float, cuts: Cuts) -> tuple[float, ...]:
@@ -130,7 +133,6 @@ def plan(
     density: float,
     shares: Sequence[float] = (),
     weighting: Weighting | None = None,
-    grid: bool = False,
 ) -> Selection:
     """Find the threshold or step at which ``density`` of all elements is kept, without a sort.
 
@@ -155,8 +157,8 @@ def plan(
         boundary,
         tie_share,
         step,
+        step / weighting.density[:, 0],
         density,
-        grid,
     )
 
 
@@ -177,12 +179,18 @@ class Elements:
 
 
 def select(
-    selection: Selection, elements: Elements, dtype: DType, seed: int, group: int = 0
+    selection: Selection,
+    elements: Elements,
+    dtype: DType,
+    seed: int,
+    group: int = 0,
+    levels: Levels = _NOT_WANTED,
 ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.float32]]:
     """What is kept of a tensor whose base has ``dtype`` (F16, BF16 or F32).
 
     -> [nnz] indices into ``elements`` ascending, and [nnz] weights rounded to ``dtype``; none is
-    equal to the base's. ``seed`` from :func:`tensor_seed`.
+    equal to the base's. ``seed`` from :func:`tensor_seed`. levels: [n], receives the multiples of
+    the step that ``sampled`` keeps, at their indices.
     """
     size = elements.tau.size
     indices, values = np.empty(size, np.uint32), np.empty(size, np.float32)
@@ -199,13 +207,14 @@ def select(
         selection.boundary[group],
         selection.tie_share,
         selection.step,
+        selection.unit[group],
         selection.density,
-        selection.grid,
         np.uint64(seed),
         np.uint32(DROPPED_BITS[dtype.name]),
         np.float32(LARGEST[dtype.name]),
         indices,
         values,
+        levels,
     )
     return indices[:kept], values[:kept]
 
@@ -418,21 +427,20 @@ def _select(  # type: ignore[no-untyped-def]
     boundary,
     tie_share,
     step,
+    unit,
     density,
-    grid,
     seed,
     dropped,
     largest,
     indices,
     values,
+    levels,
 ):
     kept = 0
-    # By subspace: probability for a score of 1, and the size of a step for an importance of 1.
-    rates, units = np.ones(rank.size), np.ones(rank.size)
+    rates = np.ones(rank.size)  # by subspace, the probability for a score of 1
     if step > 0.0:
         for m in range(rank.size):
             rates[m] = rank[m] / step
-            units[m] = step * scale[m] / rank[m]
     for i in range(tau.size):
         weight = importance[i if importance.size > 1 else 0]
         score = weight if rule == _SIGNS else np.float32(abs(np.float32(tau[i])) * weight)
@@ -443,6 +451,7 @@ def _select(  # type: ignore[no-untyped-def]
         m = subspace_of[key]
         position = start + (at[i] if at.size else i)
         value = tau[i] * scale[m]
+        multiple = 0.0
         if rule == _MAGNITUDE:
             if key < boundary[m]:
                 continue
@@ -461,29 +470,36 @@ def _select(  # type: ignore[no-untyped-def]
                 continue
             word = rounded(before[i] + tau[i] * np.float32(scale[m] * LEVELS / level), dropped)
         else:
-            probability = np.float64(score) * rates[m] if step > 0.0 else 1.0
-            if probability >= 1.0 and not (grid and step > 0.0):
+            if step == 0.0:
                 word = rounded(before[i] + value, dropped)
             else:
+                probability = np.float64(score) * rates[m]
                 # A step is at most twice what rounding leaves of it, unless that is nothing: 1.5
                 # times within an octave, twice where it crosses into one of wider spacing.
                 draw = draw_of(seed, position)
                 if draw >= _SLACK * probability:
                     continue
                 wanted = abs(np.float64(value))
-                size = units[m] / weight
-                level = math.floor(probability)
+                size = np.float32(unit / weight)
+                level = min(math.floor(probability), MAX_MAGNITUDE - 1.0)
                 sign = 1.0 if value > 0 else -1.0
                 low, near = before[i], 0.0
                 if level > 0.0:
-                    low = rounded(before[i] + np.float32(sign * level * size), dropped)
+                    low = rounded(before[i] + np.float32(np.float32(sign * level) * size), dropped)
                     near = abs(np.float64(low) - np.float64(before[i]))
-                high = rounded(before[i] + np.float32(sign * (level + 1.0) * size), dropped)
+                more = np.float32(np.float32(sign * (level + 1.0)) * size)
+                high = rounded(before[i] + more, dropped)
                 far = abs(np.float64(high) - np.float64(before[i]))
                 # So that the expectation is exact after rounding.
-                word = high if draw * (far - near) < wanted - near else low
+                word = low
+                if draw * (far - near) < wanted - near:
+                    word = high
+                    level += 1.0
+                multiple = sign * level
         if word == before[i] or not abs(word) <= largest:
             continue
+        if levels.size:
+            levels[i] = np.int16(multiple)
         indices[kept] = i
         values[kept] = word
         kept += 1

@@ -44,7 +44,8 @@ class Recipe:
     that ranking into subspaces (descending; none: one subspace) and ``coefficients`` scale them,
     the lowest ranks first. ``subspace_densities`` (none: all 1), ``group_coefficients`` and
     ``group_densities`` (by name of a group of tensors, see groups.py; 1 where absent) are the
-    other factors of prune.Weighting. ``grid`` belongs to ``sampled``, see prune.py.
+    other factors of prune.Weighting; ``sampled`` has one step a tensor, and so no densities by
+    subspace.
     ``search`` records how the coefficients were found; it changes nothing.
     """
 
@@ -57,7 +58,6 @@ class Recipe:
     subspace_densities: tuple[float, ...] = ()
     group_coefficients: dict[str, float] = field(default_factory=dict)
     group_densities: dict[str, float] = field(default_factory=dict)
-    grid: bool = False
     seed: int = 0
     search: dict[str, Any] = field(default_factory=dict)
 
@@ -90,10 +90,9 @@ class Recipe:
             _check_factors(name, by_group.values())
         _check_factors("coefficients", coefficients)
         _check_factors("subspace_densities", self.subspace_densities)
-        if type(self.grid) is not bool:
-            raise InvalidArgumentError("grid", self.grid, "true or false")
-        if self.prune != "sampled" and self.grid:
-            raise InvalidArgumentError("prune", self.prune, "sampled with grid")
+        if self.prune == "sampled" and len(set(self.subspace_densities)) > 1:
+            what = "equal with sampled"
+            raise InvalidArgumentError("subspace_densities", self.subspace_densities, what)
         if type(self.seed) is not int or not 0 <= self.seed < 2**32:
             raise InvalidArgumentError("seed", self.seed, "an integer from 0 to 2^32 - 1")
         if not isinstance(self.search, dict):
@@ -167,7 +166,6 @@ _SINCE_0_1_0: dict[str, Any] = {
     "subspace_densities": [],
     "group_coefficients": {},
     "group_densities": {},
-    "grid": False,
 }
 
 

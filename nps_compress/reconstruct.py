@@ -23,6 +23,7 @@ from nps_compress.errors import (
 from nps_compress.format.layout import Op
 from nps_compress.format.reader import NpsReader
 from nps_compress.format.records import TensorEntry, printable
+from nps_compress.grid_codec import GridParameters
 from nps_compress.sign_codec import SignParameters, add_changes, level_changes
 
 if TYPE_CHECKING:
@@ -116,6 +117,10 @@ class Task:
                 assert chunk.positions is not None
                 minus = chunk.planes[0]
                 parameters.apply(span.start, chunk.positions, minus, before, after, dtype)
+            elif isinstance(parameters, GridParameters):
+                assert chunk.positions is not None
+                levels = chunk.planes[0].view(np.int16)
+                parameters.apply(span.start, chunk.positions, levels, before, after, dtype)
             elif parameters is not None:
                 changes = level_changes(chunk.planes[0].view(np.int8), parameters)
                 every = np.arange(chunk.numel, dtype=np.uint32)
@@ -219,7 +224,7 @@ class Task:
 
         Raises:
             FormatError: a chunk is damaged.
-            InvalidArgumentError: the tensor is stored as signs or levels.
+            InvalidArgumentError: the tensor is stored as signs, levels or a grid.
         """
         from nps_compress.kernels.form import sparse_form
 

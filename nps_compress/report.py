@@ -234,8 +234,6 @@ def recipe_words(metadata: Mapping[str, str]) -> str | None:
         parts.append("a coefficient for each group of tensors")
     if recipe.get("group_densities"):
         parts.append("a density for each group of tensors")
-    if recipe.get("grid") is True:
-        parts.append("values rounded to multiples of the step")
     search = recipe.get("search")
     evaluations = search.get("evaluations") if isinstance(search, dict) else None
     if type(evaluations) is int and 0 < evaluations < 10**9:

@@ -96,7 +96,7 @@ def find_recipe(
     trials: list[Trial] = []
     best: tuple[Recipe, Measured] | None = None
     for rule in rules:
-        ruled = replace(recipe, prune=rule, grid=recipe.grid and rule == "sampled")
+        ruled = replace(recipe, prune=rule)
         asked = _densities(1.0 if rule == "signs" else LARGEST_DENSITY)
         density = next(asked)
         while True:

@@ -81,44 +81,31 @@ class SignParameters:
                 zip(self.first, self.rate, self.scale, strict=True)
             )
         )
-        factors = (self.sizes.rows, self.sizes.columns)
-        others = (self.importance.rows, self.importance.columns)
-        stored = (np.where(each == ZERO, _NEVER, each) for each in (*factors, *others))
-        return head + b"".join(subspaces) + b"".join(e.astype(np.int8).tobytes() for e in stored)
+        return head + b"".join(subspaces) + exponent_bytes(self.sizes, self.importance)
 
     @classmethod
     def parse(cls, data: bytes, rows: int, columns: int) -> SignParameters:
         """Undo :meth:`to_bytes`. Raises FormatError (P-PARAMETERS)."""
         seed, gain, count, reserved = _HEAD.unpack_from(data)
         if reserved:
-            _fail("reserved bytes are not zero")
+            fail_parameters("reserved bytes are not zero")
         if not 1 <= count <= SUBSPACES or sign_parameter_bytes(count, rows, columns) != len(data):
-            _fail(f"{count} subspaces in {len(data)} bytes")
+            fail_parameters(f"{count} subspaces in {len(data)} bytes")
         if not math.isfinite(gain) or math.copysign(1, gain) < 0:
-            _fail(f"gain of {gain}")
+            fail_parameters(f"gain of {gain}")
         table = [
             _SUBSPACE.unpack_from(data, _HEAD.size + number * _SUBSPACE.size)
             for number in range(count)
         ]
         first, reserved_words, scale, rate = zip(*table, strict=True)
         if any(reserved_words):
-            _fail("reserved bytes are not zero")
+            fail_parameters("reserved bytes are not zero")
         if first[0] != _FROM_THE_START or list(first) != sorted(set(first)):
-            _fail(f"subspaces begin at {first}")
+            fail_parameters(f"subspaces begin at {first}")
         if not all(math.isfinite(value) and value > 0 for value in (*scale, *rate)):
-            _fail("a scale or rate is not finite and positive")
+            fail_parameters("a scale or rate is not finite and positive")
         at = _HEAD.size + count * _SUBSPACE.size
-        exponents = np.frombuffer(data, np.int8, offset=at).astype(np.int16)
-        edges = np.cumsum((rows, columns, rows))
-        parts = np.split(exponents, edges)
-        for part, may_be_zero in zip(parts, (True, True, False, False), strict=True):
-            odd = np.abs(part) > LARGEST_EXPONENT
-            if may_be_zero:
-                odd &= part != _NEVER
-            if odd.any():
-                _fail(f"an exponent of {part[odd][0]}")
-        sizes = (np.where(part == _NEVER, ZERO, part).astype(np.int16) for part in parts[:2])
-        return cls(seed, gain, first, rate, scale, RankOne(*sizes), RankOne(*parts[2:]))
+        return cls(seed, gain, first, rate, scale, *parse_exponents(data[at:], rows, columns))
 
     @cached_property
     def _score(self) -> RankOne:
@@ -163,6 +150,32 @@ class SignParameters:
         own = (self.sizes.rows, self.sizes.columns)
         _changes(*score, *own, sizes, self._tables[1], start, positions, minus, changes)
         add_changes(positions, changes, base, out, dtype)
+
+
+def exponent_bytes(sizes: RankOne, importance: RankOne) -> bytes:
+    """Factors of a tensor's rows and columns, as its parameters end: a byte each."""
+    factors = (sizes.rows, sizes.columns, importance.rows, importance.columns)
+    stored = (np.where(each == ZERO, _NEVER, each) for each in factors)
+    return b"".join(each.astype(np.int8).tobytes() for each in stored)
+
+
+def parse_exponents(data: bytes, rows: int, columns: int) -> tuple[RankOne, RankOne]:
+    """Undo :func:`exponent_bytes`. Raises FormatError (P-PARAMETERS)."""
+    exponents = np.frombuffer(data, np.int8).astype(np.int16)
+    parts = np.split(exponents, np.cumsum((rows, columns, rows)))
+    for part, may_be_zero in zip(parts, (True, True, False, False), strict=True):
+        odd = np.abs(part) > LARGEST_EXPONENT
+        if may_be_zero:
+            odd &= part != _NEVER
+        if odd.any():
+            fail_parameters(f"an exponent of {part[odd][0]}")
+    sizes = (np.where(part == _NEVER, ZERO, part).astype(np.int16) for part in parts[:2])
+    return RankOne(*sizes), RankOne(*parts[2:])
+
+
+def fail_parameters(detail: str) -> NoReturn:
+    """Raise FormatError (P-PARAMETERS)."""
+    raise FormatError("P-PARAMETERS", f"parameters: {detail}")
 
 
 def parameter_chunk(data: bytes) -> EncodedChunk:
@@ -210,7 +223,7 @@ def parse_levels_parameters(data: bytes) -> int:
     """Undo :func:`levels_parameters`. Raises FormatError (P-PARAMETERS)."""
     exponent: int = struct.unpack("<h", data)[0]
     if abs(exponent) > 2 * LARGEST_EXPONENT:
-        _fail(f"a step of 2^({exponent} / 2)")
+        fail_parameters(f"a step of 2^({exponent} / 2)")
     return exponent
 
 
@@ -235,10 +248,6 @@ def add_changes(
     if out is not base:
         np.copyto(out, base)
     out[positions[moved[:found]]] = round_float32(values[:found], dtype)
-
-
-def _fail(detail: str) -> NoReturn:
-    raise FormatError("P-PARAMETERS", f"parameters: {detail}")
 
 
 @jit

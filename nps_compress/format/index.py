@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from nps_compress import codecs, sign_codec
+from nps_compress import codecs, entropy_coding, grid_codec, sign_codec
 from nps_compress.codecs import MaskCodec, ValueCodec
 from nps_compress.dtypes import BY_CODE, PRUNABLE, DType
 from nps_compress.errors import FormatError
@@ -26,7 +26,7 @@ from nps_compress.rank_one import rows_and_columns
 Record = dict[str, int]
 
 _CHANGING_CODECS: tuple[ValueCodec, ...] = (ValueCodec.REPLACE, ValueCodec.XOR, ValueCodec.ULP)
-_LOSSY_CODECS = (ValueCodec.SIGNS, ValueCodec.LEVELS)
+_LOSSY_CODECS = (ValueCodec.SIGNS, ValueCodec.LEVELS, ValueCodec.GRID)
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,7 @@ def _place(entries: tuple[TensorEntry, ...], chunk_records: int) -> tuple[Tensor
 
 
 def _check_chunks(entries: tuple[TensorEntry, ...], chunks: npt.NDArray[np.void]) -> int:
-    """Check every chunk record. Returns the bytes of all streams once zstd is undone, and draws."""
+    """Check every chunk record. Returns the bytes of all streams once zstd is undone, and work."""
     counts = [entry.chunk_count for entry in entries]
 
     def spread(values: list[int]) -> npt.NDArray[np.int64]:
@@ -269,9 +269,12 @@ def _check_chunks(entries: tuple[TensorEntry, ...], chunks: npt.NDArray[np.void]
 
     number = np.arange(len(chunks)) - spread([entry.first_chunk for entry in entries])
     of_signs, of_levels = has(ValueCodec.SIGNS), has(ValueCodec.LEVELS)
-    is_parameters = (of_signs | of_levels) & (number == 0)
+    of_grid = has(ValueCodec.GRID)
+    has_parameters = of_signs | of_levels | of_grid
+    is_parameters = has_parameters & (number == 0)
     is_signs, is_levels = of_signs & ~is_parameters, of_levels & ~is_parameters
-    number -= of_signs | of_levels
+    is_grid = of_grid & ~is_parameters
+    number -= has_parameters
     length = np.int64(1) << spread([entry.chunk_log2 for entry in entries])
     ends = spread([entry.numel for entry in entries])
     length = np.where(is_parameters, 0, np.minimum(length, ends - number * length))
@@ -284,11 +287,13 @@ def _check_chunks(entries: tuple[TensorEntry, ...], chunks: npt.NDArray[np.void]
 
     _check(nnz <= length, "C-NNZ", "keeps more elements than it has")
     _check(np.isin(codec, [kind.value for kind in MaskCodec]), "C-CODEC", "has an unknown codec")
-    special = is_parameters | is_signs | is_levels
+    special = is_parameters | is_signs | is_levels | is_grid
     _check(
         (is_parameters == (codec == MaskCodec.PARAMETERS))
         & (is_signs == (codec == MaskCodec.DRAWN))
-        & (~is_levels | ((codec == MaskCodec.FULL) & (nnz == length))),
+        & (~is_levels | ((codec == MaskCodec.FULL) & (nnz == length)))
+        & (is_grid | (codec != MaskCodec.CODED))
+        & (~is_grid | (codec == np.where(nnz > 0, MaskCodec.CODED, MaskCodec.EMPTY))),
         "C-CODEC",
         "has a mask codec that its tensor's value codec contradicts",
     )
@@ -300,10 +305,11 @@ def _check_chunks(entries: tuple[TensorEntry, ...], chunks: npt.NDArray[np.void]
         "has a mask codec that its count of kept elements contradicts",
     )
     _check(~is_new | (codec == MaskCodec.FULL), "C-NEW", "of a new tensor is not full")
-    planes = np.where(is_levels, 1, np.where(is_parameters | is_signs, 0, itemsize))
+    has_signs = is_signs | is_grid
+    planes = np.where(is_levels, 1, np.where(is_parameters | has_signs, 0, itemsize))
     _check(
         (chunks["reserved"] == 0)
-        & (chunks["mask_compressed"] <= 1)
+        & (chunks["mask_compressed"] <= (codec != MaskCodec.CODED))
         & ((chunks["planes_compressed"].astype(np.int64) >> planes) == 0),
         "C-FLAGS",
         "has unknown flags",
@@ -314,7 +320,11 @@ def _check_chunks(entries: tuple[TensorEntry, ...], chunks: npt.NDArray[np.void]
         if kind is MaskCodec.PARAMETERS:
             for_signs = sign_codec.is_sign_parameter_bytes(raw[here], factors[here])
             for_levels = raw[here] == sign_codec.LEVELS_PARAMETER_BYTES
-            fits = np.where(of_signs[here], for_signs, for_levels)
+            for_grid = raw[here] == grid_codec.grid_parameter_bytes(factors[here])
+            fits = np.select([of_signs[here], of_grid[here]], [for_signs, for_grid], for_levels)
+        elif kind is MaskCodec.CODED:
+            low, high = entropy_coding.stream_bytes_range(length[here])
+            fits = (raw[here] >= low) & (raw[here] <= high) & (raw[here] % 4 == 0)
         else:
             low, high = codecs.mask_raw_bytes_range(kind, length[here], nnz[here])
             fits = (raw[here] >= low) & (raw[here] <= high)
@@ -328,8 +338,8 @@ def _check_chunks(entries: tuple[TensorEntry, ...], chunks: npt.NDArray[np.void]
         "C-STORED",
         "has a mask stored in an impossible size",
     )
-    plane_raw_bytes = np.where(is_signs, -(-nnz // 8), nnz)
-    planes[is_signs] = 1
+    plane_raw_bytes = np.where(has_signs, -(-nnz // 8), nnz)
+    planes[has_signs] = 1
     for plane in range(8):
         size = chunks["plane_stored_bytes"][:, plane].astype(np.int64)
         used = plane < planes
@@ -340,8 +350,9 @@ def _check_chunks(entries: tuple[TensorEntry, ...], chunks: npt.NDArray[np.void]
             "C-STORED",
             "has values stored in an impossible size",
         )
-    draws = np.where(is_signs, length // layout.DRAWS_PER_BYTE, 0)
-    return int((raw + plane_raw_bytes * planes + draws).sum())
+    work = np.where(is_signs, layout.drawing_work(length), 0)
+    work += np.where(codec == MaskCodec.CODED, layout.decoding_work(length, nnz), 0)
+    return int((raw + plane_raw_bytes * planes + work).sum())
 
 
 def _check(holds: npt.NDArray[np.bool_], rule: str, fault: str) -> None:

@@ -19,16 +19,18 @@ from typing import NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from nps_compress import codecs, sign_codec
+from nps_compress import codecs, grid_codec, sign_codec
 from nps_compress.codecs import MaskCodec, Positions, ValueCodec
 from nps_compress.errors import FormatError
 from nps_compress.format import layout
 from nps_compress.format.index import parse_index
 from nps_compress.format.layout import IndexCompression, Op
 from nps_compress.format.records import BaseTensor, TensorEntry, base_root, content_digest
+from nps_compress.grid_codec import GridParameters
 from nps_compress.rank_one import rows_and_columns
 from nps_compress.sign_codec import SignParameters
 
+Parameters = SignParameters | GridParameters | int
 _DIGEST_OF_NOTHING = np.frombuffer(layout.sha256_64(b""), np.uint8)
 
 
@@ -38,7 +40,7 @@ class Chunk:
 
     positions: [nnz] uint32, ascending, or None where all ``numel`` elements are kept;
     planes: [itemsize, nnz] uint8, the value payload, least significant byte first; for signs one
-    plane of 0 or 1 (minus), for levels one of int8 bytes.
+    plane of 0 or 1 (minus), for levels one of int8 bytes, for a grid [1, 2 * nnz], int16 integers.
     """
 
     numel: int
@@ -59,7 +61,7 @@ class NpsReader:
         self.path = path
         self._seek_lock = threading.Lock()
         # Of the tensor that was read last, by its first chunk: one may have very many chunks.
-        self._last_parameters: tuple[int, SignParameters | int] | None = None
+        self._last_parameters: tuple[int, Parameters] | None = None
         self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         try:
             self.file_bytes = os.fstat(self._descriptor).st_size
@@ -154,6 +156,10 @@ class NpsReader:
                 span = range(start, start + numel)
                 positions, minus = sign_codec.decode_signs(data, parameters, span, nnz)
                 return Chunk(numel, positions, minus[None])
+            if isinstance(parameters, GridParameters) and nnz:
+                span = range(start, start + numel)
+                positions, levels = grid_codec.decode_grid(data, position, parameters, span, nnz)
+                return Chunk(numel, positions, levels.view(np.uint8)[None])
             mask = self._mask(record, data)
             positions = codecs.decode_mask(MaskCodec(record["mask_codec"]), mask, numel, nnz)
             stored = []
@@ -166,8 +172,8 @@ class NpsReader:
             self._fail(error.rule, f"chunk {number} of {entry.name!r}: {error.detail}")
         return Chunk(numel, positions, planes)
 
-    def parameters(self, entry: TensorEntry) -> SignParameters | int | None:
-        """Those of signs, or the exponent of the step of levels; None for other tensors.
+    def parameters(self, entry: TensorEntry) -> Parameters | None:
+        """Those of signs or a grid, the exponent of the step of levels; None for other tensors.
 
         Raises:
             FormatError: C-PADDING, P-DIGEST, P-ZSTD, P-PARAMETERS.
@@ -178,11 +184,13 @@ class NpsReader:
         if known and known[0] == entry.first_chunk:
             return known[1]
         record, data = self._chunk_data(entry, 0)
-        found: SignParameters | int
+        found: Parameters
         try:
             stream = self._mask(record, data)
             if entry.value_codec is ValueCodec.SIGNS:
                 found = SignParameters.parse(stream, *rows_and_columns(entry.shape))
+            elif entry.value_codec is ValueCodec.GRID:
+                found = GridParameters.parse(stream, *rows_and_columns(entry.shape))
             else:
                 found = sign_codec.parse_levels_parameters(stream)
         except FormatError as error:

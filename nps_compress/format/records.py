@@ -49,7 +49,7 @@ class TensorEntry:
     @property
     def has_parameters(self) -> bool:
         """Whether the first chunk record is not of elements but of the tensor's parameters."""
-        return self.value_codec in (ValueCodec.SIGNS, ValueCodec.LEVELS)
+        return self.value_codec in (ValueCodec.SIGNS, ValueCodec.LEVELS, ValueCodec.GRID)
 
     @property
     def chunks(self) -> int:
