@@ -24,6 +24,7 @@ from nps_compress.errors import BaseMismatchError, InvalidArgumentError
 from nps_compress.format.layout import MIN_CHUNK_LOG2, Op
 from nps_compress.format.records import BaseTensor, TensorEntry, base_root, printable
 from nps_compress.format.writer import NpsWriter, check_name
+from nps_compress.genotype import check_genes
 from nps_compress.grid_codec import GridParameters, encode_grid
 from nps_compress.prune import Levels, Rule, Selection
 from nps_compress.recipe import DEFAULT_RULE, Recipe, default_density, default_importance
@@ -136,6 +137,8 @@ def pack(
 
         examples = read_examples(Path(calibration))
     recipe = recipe or default_recipe(calibration is not None)
+    if job:
+        check_genes(options.genes, rules or (recipe.prune,))
     pair_ = pair(open_checkpoint(base), open_checkpoint(finetuned))
     refuse_input_as_output(out, input_files(pair_, calibration))
     for name in (*pair_.base.tensors, *pair_.finetuned.tensors):
