@@ -53,7 +53,7 @@ _KEPT_PER_CHUNK = 16384  # enough that a frame's header and a record cost under 
 _NEW_CHUNK_LOG2 = 20
 _MAX_EXAMINED_PER_KEPT = 1024
 _FACTORS_PAY = 50  # where the rest of a tensor takes so many times their bytes, they surely do
-RETAIN_RULES: tuple[Rule, ...] = ("signs", "sampled", "magnitude")
+RETAIN_RULES: tuple[Rule, ...] = ("signs", "sampled")
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ class TestEvaluator:
         assert evaluator.yardstick.share(everything) == everything.score
         assert evaluator.yardstick.base.score < 0.9
         nearly_base = evaluator.measure(Recipe(prune="sampled", density=1e-5))
-        assert nearly_base.score == pytest.approx(evaluator.yardstick.base.score, abs=0.05)
+        assert nearly_base.score == pytest.approx(evaluator.yardstick.base.score, abs=0.15)
 
     def test_perplexity_is_measured_in_one_round(self, causal_pair, data):
         base, tuned, _ = causal_pair
