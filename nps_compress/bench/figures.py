@@ -59,7 +59,7 @@ def human(value: float, unit: Unit) -> str:
     """A number as people read it. Decimal prefixes: 1 GB is 10^9 bytes."""
     if unit == "bytes":
         for prefix in _BYTES:
-            if abs(value) < 999.5 or prefix == _BYTES[-1]:
+            if value < 999.95 or prefix == _BYTES[-1]:
                 return f"{value:.4g} {prefix}" if prefix != "B" else f"{value:.0f} B"
             value /= 1000
     if unit == "seconds":

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
+
 from nps_compress._threads import MEMORY_SLACK, bounded_map
 from nps_compress.checkpoint import Checkpoint, open_checkpoint
 from nps_compress.dtypes import Words
@@ -127,10 +129,12 @@ def _round(job: Job) -> dict[str, float]:
     if unpacked.tensors.keys() != _names(file):
         raise BenchmarkError(job.name, "unpacked, it has other tensors than the file")
     timed("copy", lambda: _copy(out, copied))
-    timed("load", lambda: _load(job.base, file))
+    held = timed("load", lambda: _load(job.base, file))
     timed("plain load", lambda: _read(unpacked))
     resident = _read(open_checkpoint(job.base))
-    switched = timed("switch", lambda: _switch(resident, file))
+    for words in held.values():  # as another task's weights: nothing of this one is left
+        np.invert(words, out=words)
+    switched = timed("switch", lambda: _switch(resident, held, file))
     _check(job, "switched to", switched.items())
     return seconds
 
@@ -157,16 +161,21 @@ def _read(checkpoint: Checkpoint) -> dict[str, Words]:
     return dict(zip(sizes, read, strict=True))
 
 
-def _switch(resident: dict[str, Words], file: Path) -> dict[str, Words]:
-    """The tensors that the task changes or adds, beside a base in memory that stays as it is."""
+def _switch(resident: dict[str, Words], held: dict[str, Words], file: Path) -> dict[str, Words]:
+    """Rebuild what the task changes, where the last task's tensors are held, from a base in memory
+    that stays as it is. Digests are left to the caller."""
     with open_task(file) as task:
 
         def run(name: str) -> Words:
             source = task.base_tensor_name(name)
-            before = resident[source] if source else None
-            return task.rebuild_words(name, before, in_place=False)
+            if source is None:
+                return task.rebuild_words(name, None)
+            np.copyto(held[name], resident[source])
+            return task.rebuild_words(name, held[name])
 
         changed = [name for name in task.names if task.entry(name).op is not Op.COPY]
+        # The largest first, so that no thread is left with it at the end.
+        changed.sort(key=lambda name: -task.entry(name).numel)
         return dict(zip(changed, bounded_map(run, changed, lambda _: 0, 0), strict=True))
 
 

@@ -15,13 +15,14 @@ _STYLE = """
   --paper: #fff; --ours: #0b7a5c; --dense: #8a929b; --lora: #2f63b8; --peer: #b9791b; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e4e8ec; --soft: #9aa5b0; --rule: #3a444e;
   --paper: #14191f; --ours: #35c79d; --dense: #8a929b; --lora: #78a4ee; --peer: #e0ab55; } }
-body { margin: 2rem auto; padding: 0 1rem; max-width: 70rem; background: var(--paper);
+body { margin: 2rem auto; padding: 0 1rem; max-width: 76rem; background: var(--paper);
   color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .7rem; text-align: right; white-space: nowrap; }
-th { vertical-align: bottom; } th small { font-weight: normal; color: var(--soft); }
+th, td { padding: .25rem .5rem; text-align: right; font-size: 13.5px; white-space: nowrap; }
+th { vertical-align: bottom; white-space: normal; }
+th small { font-weight: normal; color: var(--soft); }
 th:first-child, td:first-child { text-align: left; }
 tr { border-bottom: 1px solid var(--rule); }
 p.note, li { color: var(--soft); } p.ok { color: var(--ours); }

@@ -24,7 +24,7 @@ from nps_compress.format.records import printable
 from nps_compress.recipe import Recipe
 from nps_compress.unpacking import open_task
 
-_MADE = 2  # tasks of a made fleet: one is switched to while the other was in use
+_MADE = 2  # tasks of a made fleet: sizes and times of one could be chance
 _MIN_SAMPLE = 1_000_000
 _DISCARDED = 1  # rounds of the first task, which compile code and fill the page cache
 
@@ -32,7 +32,7 @@ _HOW = (
     "pack, unpack: files to files; copy: the unpacked weight files on the same disk; none waits "
     "for the disk. load: base and file on disk to all weights in memory, every digest checked; "
     "plain load: the unpacked files to memory. switch: only the tensors that the task changes, "
-    "rebuilt beside a base in memory, digests checked afterwards."
+    "rebuilt from a base in memory over those of the last task, digests checked afterwards."
 )
 
 
