@@ -126,7 +126,7 @@ class TestProjection:
             "memory, all in use": (800e9 - 600e9) + 10 * 600e9,
             "download": 10.0,  # 10 GB at 1 GB/s
             "cold start": 17.0,
-            "base in memory": 15.0,
+            "warm start": 15.0,
         }
         assert {name: found[OURS, name] for name in expected} == pytest.approx(expected)
 

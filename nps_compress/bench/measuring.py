@@ -22,7 +22,7 @@ from nps_compress.packing import PackReport, pack
 from nps_compress.recipe import Recipe
 from nps_compress.unpacking import open_task, rebuilt, unpack
 
-STEPS = ("pack", "unpack", "copy", "load", "plain load", "switch")
+STEPS = ("pack", "unpack", "copy", "plain load", "load", "switch")
 
 T = TypeVar("T")
 
@@ -129,8 +129,8 @@ def _round(job: Job) -> dict[str, float]:
     if unpacked.tensors.keys() != _names(file):
         raise BenchmarkError(job.name, "unpacked, it has other tensors than the file")
     timed("copy", lambda: _copy(out, copied))
-    held = timed("load", lambda: _load(job.base, file))
     timed("plain load", lambda: _read(unpacked))
+    held = timed("load", lambda: _load(job.base, file))
     resident = _read(open_checkpoint(job.base))
     for words in held.values():  # as another task's weights: nothing of this one is left
         np.invert(words, out=words)

@@ -142,7 +142,7 @@ def project(one: One, plan: Plan) -> list[Figure]:
                 ("memory, all in use", method.at_once(plan.resident, dense), "bytes"),
                 ("download", transfer, "seconds"),
                 ("cold start", cold, "seconds"),
-                ("base in memory", warm, "seconds"),
+                ("warm start", warm, "seconds"),
             ],
         )
     return found

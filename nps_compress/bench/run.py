@@ -30,8 +30,8 @@ _DISCARDED = 1  # rounds of the first task, which compile code and fill the page
 
 _HOW = (
     "pack, unpack: files to files; copy: the unpacked weight files on the same disk; none waits "
-    "for the disk. load: base and file on disk to all weights in memory, every digest checked; "
-    "plain load: the unpacked files to memory. switch: only the tensors that the task changes, "
+    "for the disk. plain load: the unpacked files to memory; load: base and file on disk to the "
+    "same, every digest checked. switch: only the tensors that the task changes, "
     "rebuilt from a base in memory over those of the last task, digests checked afterwards."
 )
 
@@ -213,8 +213,8 @@ def _assumptions(plan: Plan, lora: float) -> tuple[str, ...]:
         f"Memory, host or GPU, for {plan.resident:,} tasks. One in use: the base, all files, and "
         "the rebuilt tensors of one. All in use: each with its own rebuilt tensors; dense copies, "
         "a LoRA and peers that compute on packed weights need no more than what they store.",
-        "Cold start: download, then load with the base on disk; base in memory: download, then "
-        "switch. Not known where nothing was measured here.",
+        "Cold start: download, then load with the base on disk; warm start: download, then "
+        "switch, with the base in memory. Not known where nothing was measured here.",
         f"LoRA of rank {plan.lora_rank}: {lora:,.0f} parameters of {LORA_BYTES} bytes, on every "
         "linear layer but the output, and what only the fine-tune has. It is trained as such, of "
         "other quality; this is a count.",
