@@ -73,3 +73,8 @@ def human(value: float, unit: Unit) -> str:
     if unit == "bits":
         return f"{value:.4g}"
     return f"{value:,.0f}"
+
+
+def counted(number: int, what: str) -> str:
+    """A number of things in words: "1 task", "2,000 tasks"."""
+    return f"{number:,} {what}{'s' * (number != 1)}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from nps_compress.bench.figures import Table, human
+from nps_compress.bench.figures import Table, counted, human
 from nps_compress.bench.measuring import STEPS, Measured
 from nps_compress.bench.projection import DENSE, OURS, Method, Plan
 from nps_compress.bench.svg import Bar, Line, bars, lines
@@ -110,7 +110,7 @@ def draw(task: Measured, ways: Sequence[Method], plan: Plan) -> list[tuple[str, 
         Line(way.name, [(n, way.disk(n)) for n in _counts(max(plan.tasks, 2))], _style(way))
         for way in ways
     ]
-    tasks = f"{plan.tasks:,} task{'s' * (plan.tasks > 1)}"
+    tasks = counted(plan.tasks, "task")
     dashed = "dashed: from ratios that were reported or measured elsewhere"
     return [
         (

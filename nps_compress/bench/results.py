@@ -13,7 +13,7 @@ from typing import Any
 from nps_compress import __version__
 from nps_compress._threads import workers
 from nps_compress.atomic import atomic_file, refuse_existing, refuse_input_as_output
-from nps_compress.bench.figures import Table
+from nps_compress.bench.figures import Table, counted
 from nps_compress.bench.page import page
 from nps_compress.bench.peers import PEERS
 from nps_compress.bench.projection import Plan
@@ -45,8 +45,8 @@ class Report:
         """What held, in words; a report exists only where all of it did."""
         return (
             f"verified: in each of {self.rounds} rounds, all tensors unpacked, loaded and switched "
-            f"to had the digests that the file promises ({self.tensors:,} tensors of "
-            f"{self.tasks:,} task{'s' * (self.tasks > 1)})"
+            f"to had the digests that the file promises ({counted(self.tensors, 'tensor')} "
+            f"of {counted(self.tasks, 'task')})"
         )
 
     def to_dict(self) -> dict[str, Any]:

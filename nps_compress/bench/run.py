@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean
 
 from nps_compress._progress import bar
-from nps_compress.bench.figures import Figure, Kind, Table, row
+from nps_compress.bench.figures import Figure, Kind, Table, counted, row
 from nps_compress.bench.measuring import STEPS, Job, Measured, is_packed, measure
 from nps_compress.bench.page import draw
 from nps_compress.bench.peers import PEERS
@@ -74,7 +74,7 @@ def bench_tasks(
     lora = mean(lora_parameters(task.shapes, plan.lora_rank) + task.new_params for task in found)
     figures = [figure for task in _with_mean(found) for figure in _figures(task, "measured")]
     here = Table("On this machine", tuple(figures), (_HOW,))
-    title = f"{plan.tasks:,} fine-tunes of {printable(base)}"
+    title = f"{counted(plan.tasks, 'fine-tune')} of {printable(base)}"
     return _report(title, [here], found, average, base_bytes, lora, plan, settings, ())
 
 
@@ -110,7 +110,7 @@ def bench_model(name: str, plan: Plan, settings: Settings, progress: bool = Fals
         f"The whole model: what was measured times {total / made:.4g}, by parameters.",
     )
     lora = lora_parameters(model.tensors(), plan.lora_rank)
-    title = f"{plan.tasks:,} fine-tunes of {name}"
+    title = f"{counted(plan.tasks, 'fine-tune')} of {name}"
     base_bytes = BF16.itemsize * total
     return _report(title, tables, found, whole, base_bytes, lora, plan, settings, notes)
 
@@ -123,8 +123,9 @@ def _measure(
     folder: Path,
     progress: bool,
 ) -> list[Measured]:
-    rounds = settings.repeat * len(tasks) + _DISCARDED
-    with bar(rounds * len(STEPS), "measuring", "step", progress) as advance:
+    steps = [len(STEPS) - is_packed(task) for task in tasks]  # what is packed is not packed again
+    total = settings.repeat * sum(steps) + _DISCARDED * steps[0]
+    with bar(total, "measuring", "step", progress) as advance:
         return [
             measure(
                 Job(base, task, printable(name), settings.recipe, folder, advance),
@@ -159,7 +160,7 @@ def _report(
     here = machine()
     return Report(
         title,
-        (*tables, Table(f"{plan.tasks:,} tasks", tuple(project(one, plan))), _peers()),
+        (*tables, Table(counted(plan.tasks, "task"), tuple(project(one, plan))), _peers()),
         tuple(draw(_mean(found), methods(one, plan), plan)),
         (
             f"{here['processor']}, {here['cores']} cores, {here['system']}, nps-compress "
@@ -207,12 +208,13 @@ def _peers() -> Table:
 
 def _assumptions(plan: Plan, lora: float) -> tuple[str, ...]:
     return (
-        f"{plan.downloads:,} downloads of a task, and of the base once a machine (machines: "
-        f"{plan.machines:,}), at {plan.egress_price:g} USD/GB; network {plan.bandwidth:g} Gbit/s: "
-        "assumptions, not quotes. 1 GB is 10^9 bytes.",
-        f"Memory, host or GPU, for {plan.resident:,} tasks. One in use: the base, all files, and "
-        "the rebuilt tensors of one. All in use: each with its own rebuilt tensors; dense copies, "
-        "a LoRA and peers that compute on packed weights need no more than what they store.",
+        f"{counted(plan.downloads, 'download')} of a task, and of the base once for each of "
+        f"{counted(plan.machines, 'machine')}, at {plan.egress_price:g} USD/GB; network "
+        f"{plan.bandwidth:g} Gbit/s: assumptions, not quotes. 1 GB is 10^9 bytes.",
+        f"Memory, host or GPU, for {counted(plan.resident, 'task')}. One in use: the base, all "
+        "files, and the rebuilt tensors of one. All in use: each with its own rebuilt tensors; "
+        "dense copies, a LoRA and peers that compute on packed weights need no more than what they "
+        "store.",
         "Cold start: download, then load with the base on disk; warm start: download, then "
         "switch, with the base in memory. Not known where nothing was measured here.",
         f"LoRA of rank {plan.lora_rank}: {lora:,.0f} parameters of {LORA_BYTES} bytes, on every "
