@@ -16,7 +16,9 @@ from click.testing import CliRunner, Result
 import nps_compress
 from nps_compress.cli import main
 
-COMMANDS = ["card", "export", "import", "inspect", "pack", "search", "unpack", "verify"]
+COMMANDS = [
+    *("bench", "card", "export", "import", "inspect", "pack", "search", "unpack", "verify"),
+]
 
 
 def run(*arguments: object) -> Result:
