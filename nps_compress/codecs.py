@@ -8,7 +8,7 @@ defined byte by byte in format_spec/SPEC.md. Decoding treats every stream as hos
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -18,12 +18,14 @@ import numpy.typing as npt
 import zstandard
 
 from nps_compress._jit import jit
-from nps_compress.dtypes import DType, Words
+from nps_compress import ulp_coding
+from nps_compress.dtypes import PRUNABLE, DType, Words
 from nps_compress.errors import FormatError
 
 Positions = npt.NDArray[np.uint32]  # ascending, within the chunk
 
 DEFAULT_LEVEL = 3
+_SAMPLE = 1 << 16  # changed words by which a codec is chosen
 MAX_ZSTD_WINDOW = 1 << 23
 _GAP8_ESCAPE, _GAP16_ESCAPE = 0xFF, 0xFFFF
 # Outside these densities the other codec was never the smaller one on random masks.
@@ -51,9 +53,15 @@ class ValueCodec(IntEnum):
     REPLACE = 1
     XOR = 2
     ULP = 3
+    CODED_ULP = 4
     SIGNS = 16
     LEVELS = 17
     GRID = 18
+
+
+# How exact values may be stored, the likeliest first.
+EXACT_CODECS = (ValueCodec.CODED_ULP, ValueCodec.ULP, ValueCodec.REPLACE, ValueCodec.XOR)
+Bytes = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -552,21 +560,51 @@ def encode_chunk(
         nnz = len(positions)
         mask = encode_mask(positions, new.size, level)
         kept_base, kept_new = base[positions], new[positions]
-    compressed, planes = encode_planes(payload_of(codec, kept_base, kept_new, dtype), level)
+    compressed, planes = _encode_values(codec, kept_base, kept_new, dtype, level)
     return EncodedChunk(nnz, mask[0], mask[1], mask[3], mask[2], compressed, planes)
 
 
-def best_value_codec(base: Words, new: Words, dtype: DType) -> ValueCodec:
-    """The value codec that stores this chunk in the fewest bytes. base, new: [numel] words."""
-    changed = np.flatnonzero(base != new)[: 1 << 16]
+def _encode_values(
+    codec: ValueCodec, base: Words | None, new: Words, dtype: DType, level: int
+) -> tuple[int, tuple[bytes, ...]]:
+    """Value planes of kept words, [nnz] each, and which of them are zstd frames."""
+    if codec is not ValueCodec.CODED_ULP:
+        return encode_planes(payload_of(codec, base, new, dtype), level)
+    if base is None or not new.size:
+        return 0, ()
+    distances = payload_of(ValueCodec.ULP, base, new, dtype).astype(np.uint32) + np.uint32(1)
+    return 0, ulp_coding.encode_distances(distances, ulp_coding.exponents_of(base, dtype))
+
+
+def decode_distances(streams: Sequence[bytes], base: Words, dtype: DType) -> Bytes:
+    """Planes of ULP from the streams of CODED_ULP. base: [nnz] kept words -> [itemsize, nnz].
+
+    Raises:
+        FormatError: P-TABLE, P-CODE, P-TAIL.
+    """
+    distances = ulp_coding.decode_distances(*streams, ulp_coding.exponents_of(base, dtype))
+    payload = (distances - np.uint32(1)).astype(dtype.word)
+    return np.ascontiguousarray(payload.view(np.uint8).reshape(-1, dtype.itemsize).T)
+
+
+def best_value_codec(
+    base: Words, new: Words, dtype: DType, choices: Collection[ValueCodec] = EXACT_CODECS
+) -> ValueCodec:
+    """The value codec that stores this chunk in the fewest bytes. base, new: [numel] words.
+
+    choices: more than its dtype allows of are not taken; REPLACE always is.
+    """
+    changed = np.flatnonzero(base != new)[:_SAMPLE]
     if not len(changed):
         return ValueCodec.REPLACE
-    codecs = [ValueCodec.REPLACE, ValueCodec.XOR]
+    allowed = {ValueCodec.REPLACE, ValueCodec.XOR}
     if dtype.is_float:
-        codecs.insert(0, ValueCodec.ULP)
+        allowed.add(ValueCodec.ULP)
+    if dtype.name in PRUNABLE:
+        allowed.add(ValueCodec.CODED_ULP)
 
     def size(codec: ValueCodec) -> int:
-        _, planes = encode_planes(payload_of(codec, base[changed], new[changed], dtype))
+        _, planes = _encode_values(codec, base[changed], new[changed], dtype, DEFAULT_LEVEL)
         return sum(map(len, planes))
 
-    return min(codecs, key=size)
+    return min((codec for codec in choices if codec in allowed), key=size)

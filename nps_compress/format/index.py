@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from nps_compress import codecs, entropy_coding, grid_codec, sign_codec
+from nps_compress import codecs, entropy_coding, grid_codec, sign_codec, ulp_coding
 from nps_compress.codecs import MaskCodec, ValueCodec
 from nps_compress.dtypes import BY_CODE, PRUNABLE, DType
 from nps_compress.errors import FormatError
@@ -231,7 +231,7 @@ def _value_codec(record: Record, name: str, op: Op, dtype: DType) -> ValueCodec:
     code, chunk_log2 = record["value_codec"], record["chunk_log2"]
     changing = _CHANGING_CODECS if dtype.is_float else _CHANGING_CODECS[:2]
     if dtype.name in PRUNABLE:
-        changing += _LOSSY_CODECS
+        changing += (ValueCodec.CODED_ULP, *_LOSSY_CODECS)
     allowed: tuple[ValueCodec, ...] = {
         Op.COPY: (ValueCodec.NONE,),
         Op.NEW: (ValueCodec.REPLACE,),
@@ -306,7 +306,9 @@ def _check_chunks(entries: tuple[TensorEntry, ...], chunks: npt.NDArray[np.void]
     )
     _check(~is_new | (codec == MaskCodec.FULL), "C-NEW", "of a new tensor is not full")
     has_signs = is_signs | is_grid
-    planes = np.where(is_levels, 1, np.where(is_parameters | has_signs, 0, itemsize))
+    is_coded = has(ValueCodec.CODED_ULP)
+    unpacked = is_parameters | has_signs | is_coded
+    planes = np.where(is_levels, 1, np.where(unpacked, 0, itemsize))
     _check(
         (chunks["reserved"] == 0)
         & (chunks["mask_compressed"] <= (codec != MaskCodec.CODED))
@@ -340,18 +342,29 @@ def _check_chunks(entries: tuple[TensorEntry, ...], chunks: npt.NDArray[np.void]
     )
     plane_raw_bytes = np.where(has_signs, -(-nnz // 8), nnz)
     planes[has_signs] = 1
+    planes[is_coded] = 0
+    coded = chunks["plane_stored_bytes"][:, :2].astype(np.int64)
+    most = ulp_coding.most_token_bytes(nnz), ulp_coding.most_low_bytes(itemsize, nnz)
+    fits = (coded[:, 0] >= ulp_coding.LEAST_TOKEN_BYTES) & (coded[:, 0] <= most[0])
+    fits &= coded[:, 1] <= most[1]
+    _check(
+        ~is_coded | np.where(nnz > 0, fits, (coded == 0).all(axis=1)),
+        "C-STORED",
+        "has distances stored in an impossible size",
+    )
     for plane in range(8):
         size = chunks["plane_stored_bytes"][:, plane].astype(np.int64)
         used = plane < planes
         shrunk = (chunks["planes_compressed"] >> plane & 1).astype(bool)
         expected = np.where(shrunk, _plausible(size, nnz), size == plane_raw_bytes)
         _check(
-            np.where(used, expected, size == 0),
+            np.where(used, expected, (size == 0) | (is_coded & (plane < 2))),
             "C-STORED",
             "has values stored in an impossible size",
         )
     work = np.where(is_signs, layout.drawing_work(length), 0)
     work += np.where(codec == MaskCodec.CODED, layout.decoding_work(length, nnz), 0)
+    work += np.where(is_coded, layout.table_work(coded[:, 0]) + itemsize * nnz, 0)
     return int((raw + plane_raw_bytes * planes + work).sum())
 
 

@@ -162,6 +162,12 @@ def decoding_work(numel: Size, nnz: Size) -> Size:
     return numel // CODED_PER_BYTE + BYTES_PER_CODED * nnz
 
 
+def table_work(token_bytes: Size) -> Size:
+    """What reading the frequencies of distances counts as, in bytes: 2^12 for each context, of
+    which this many bytes can't hold more."""
+    return 4096 * np.minimum(token_bytes // 5, 64)
+
+
 def aligned(size: int) -> int:
     """``size`` rounded up to the chunk alignment."""
     return -(-size // CHUNK_ALIGNMENT) * CHUNK_ALIGNMENT

@@ -52,6 +52,11 @@ class TensorEntry:
         return self.value_codec in (ValueCodec.SIGNS, ValueCodec.LEVELS, ValueCodec.GRID)
 
     @property
+    def has_payload(self) -> bool:
+        """Whether what changes an element is a word of its own, which needs no base to decode."""
+        return self.value_codec in (ValueCodec.REPLACE, ValueCodec.XOR, ValueCodec.ULP)
+
+    @property
     def chunks(self) -> int:
         """Number of chunks of elements; the last one may be short, a copy has none."""
         return 0 if self.op is Op.COPY else -(-self.numel >> self.chunk_log2)
