@@ -21,7 +21,7 @@ from nps_compress import FormatError, InvalidArgumentError, Recipe
 from nps_compress.candidates import Pruner
 from nps_compress.checkpoint import open_checkpoint, pair
 from nps_compress.codecs import EncodedChunk, MaskCodec, ValueCodec
-from nps_compress.dtypes import BY_NAME, digest, round_float32, to_float32
+from nps_compress.dtypes import BY_NAME, round_float32, to_float32
 from nps_compress.format import layout
 from nps_compress.format.layout import Op
 from nps_compress.format.reader import NpsReader
@@ -34,7 +34,6 @@ from nps_compress.grid_codec import (
     grid_parameter_bytes,
 )
 from nps_compress.rank_one import ZERO, RankOne
-from nps_compress.reconstruct import Task
 from nps_compress.sign_codec import parameter_chunk
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -343,44 +342,3 @@ def test_a_file_rebuilds_what_pruning_made(tmp_path, rng, name, scope, shape):
             assert set(changed) <= set(task.kept_positions(tensor))
             with pytest.raises(InvalidArgumentError, match="replace, xor or ulp"):
                 task.sparse_form(tensor)
-
-
-@settings(deadline=None, max_examples=60)
-@given(
-    name=st.sampled_from(list(DTYPES)),
-    rows=st.integers(0, 60),
-    columns=st.integers(0, 60),
-    log2=st.sampled_from([10, 11, 24]),
-    mean=st.sampled_from([0.0, 0.02, 1.0, 500.0]),
-    seed=st.integers(0, 2**32 - 1),
-)
-def test_packed_files_in_both_readers(tmp_path_factory, name, rows, columns, log2, mean, seed):
-    """Random words, NaN and infinities among them, by the package and by the minimal reader."""
-    rng, dtype, shape = np.random.default_rng(seed), BY_NAME[name], (rows, columns)
-    numel = rows * columns
-    base = np.frombuffer(rng.bytes(numel * dtype.itemsize), dtype.word).copy()
-    zero = RankOne(np.zeros(rows, np.int16), np.zeros(columns, np.int16))
-    known = parameters(rng, shape) if numel else GridParameters.of(1.0, zero, zero)
-    levels = np.clip(levels_for(rng, known, numel, mean or 1e-9), -32767, 32767)
-    chunks, after = [parameter_chunk(known.to_bytes())], base.copy()
-    for start in range(0, numel, 1 << log2):
-        part = slice(start, start + (1 << log2))
-        chunks.append(encode_grid(known, start, levels[part]))
-        positions = np.flatnonzero(levels[part]).astype(np.uint32)
-        known.apply(start, positions, levels[part][positions], base[part], after[part], dtype)
-    stream = io.BytesIO()
-    writer = NpsWriter(stream)
-    writer.add_chunks(chunks)
-    writer.add_tensor(
-        TensorEntry("w", dtype, shape, Op.DELTA, ValueCodec.GRID, log2, 0, digest(after))
-    )
-    writer.finish([BaseTensor("w", dtype, shape, digest(base))], {})
-    path = tmp_path_factory.getbasetemp() / "grid.nps"
-    path.write_bytes(stream.getvalue())
-    with Task(path) as task:
-        assert np.array_equal(task.rebuild_words("w", base.copy()), after)
-        (entry,) = task.reader.tensors
-        task.reader.verify(entry)
-        assert task.reader.nnz(entry) == np.count_nonzero(levels)
-    minimal = minimal_reader.Nps(stream.getvalue())
-    assert minimal.rebuild({"w": (name, shape, base.tobytes())}) == {"w": after.tobytes()}
