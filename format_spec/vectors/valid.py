@@ -1011,6 +1011,35 @@ def grid_factors_of_0() -> File:
 
 
 @valid
+def grid_factors_that_are_extreme() -> File:
+    """All exponents the least or the largest: what is least has a code, unlike what is 0."""
+    shape = [4, 8]
+    file = stored_on(
+        lambda name, bases, i: grid(
+            name,
+            bases,
+            i,
+            grid_parameters(
+                shape,
+                2.0**-70 if name == "least" else 2.0**50,
+                -240 if name == "least" else 200,
+                size_rows=(-60, -60, 60, NEVER) if name == "least" else (60, 60, -60),
+                size_columns=(-60,) if name == "least" else (60,),
+                rows=(-60,) if name == "least" else (60,),
+                columns=(-60, -60, -59) if name == "least" else (60, 60, 59),
+            ),
+            lambda p: 2 - p % 3,
+        ),
+        dict.fromkeys(("largest", "least"), ("F32", shape)),
+    )
+    assert [sum(tensor) for tensor in drawn(file)] == [22, 16]
+    assert all(
+        tensor.data != base.data for tensor, base in zip(file.tensors, file.base, strict=True)
+    )
+    return file
+
+
+@valid
 def grid_chunks_of_nothing_and_of_all() -> File:
     """Chunks of which nothing, one element, all but one and all elements are kept."""
     shape = [9, 512]
