@@ -27,9 +27,9 @@ SUBSPACE = np.dtype("<i2, <u2, <f4, <f8")
 NAMES = "BOOL U8 I8 U16 I16 U32 I32 U64 I64 F8_E4M3 F8_E5M2 F8_E8M0 F16 BF16 F32 F64 C64".split()
 WIDTHS = dict(zip(NAMES, (1, 1, 1, 2, 2, 4, 4, 8, 8, 1, 1, 1, 2, 2, 4, 8, 8), strict=True))
 COPY, DELTA, NEW = OPS = 1, 2, 3
-REPLACE, XOR, ULP, SIGNS, LEVELS = 1, 2, 3, 16, 17
+REPLACE, XOR, ULP, SIGNS, LEVELS, GRID = 1, 2, 3, 16, 17, 18
 EMPTY, FULL, BITMASK, GAP8, GAP16 = range(5)
-DRAWN, PARAMETERS = 7, 8
+DRAWN, PARAMETERS, CODED = 7, 8, 9
 NO_BASE = 0xFFFFFFFF
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -146,7 +146,8 @@ def parse_record(record: Record, row: tuple, base: list[Record] | None, first: i
     check(not has_base or (dtype, shape) == base[index][1:3], "R-SHAPE", name)
     check(not has_base or op != COPY or not any(sha256), "R-COPY", name)
     is_float = dtype in ("F16", "BF16", "F32", "F64")
-    changing = (REPLACE, XOR) + (ULP,) * is_float + (SIGNS, LEVELS) * (is_float and dtype != "F64")
+    changing = (REPLACE, XOR) + (ULP,) * is_float
+    changing += (SIGNS, LEVELS, GRID) * (is_float and dtype != "F64")
     check(codec in {COPY: (0,), NEW: (REPLACE,), DELTA: changing}[op], "R-VALUES", name)
     check(log2 == 0 if op == COPY else 10 <= log2 <= 24, "R-CHUNKLOG", name)
     count = 0 if op == COPY else -(-math.prod(shape) >> log2) + (codec >= SIGNS)
@@ -171,34 +172,38 @@ def chunk_starts(table: memoryview, records: list[Record], index_offset: int) ->
     words = np.frombuffer(table, "<u4").reshape(-1, 14).astype(np.int64)
     mask_stored, raw, nnz, flags, *planes, _, _ = words.T
     codec, mask_z, planes_z, reserved = (flags >> shift & 255 for shift in (0, 8, 16, 24))
-    special = [place < 0, values == SIGNS, (values == LEVELS) | (nnz == n), nnz == 0]
+    grid, has_bits = values == GRID, (values == SIGNS) | (values == GRID)
+    special = [place < 0, values == SIGNS, grid & (nnz > 0)]
+    special += [(values == LEVELS) | ((nnz == n) & ~grid), nnz == 0]
     some = np.clip(codec, BITMASK, GAP16)
-    wanted = np.select(special, [PARAMETERS, DRAWN, FULL, EMPTY], some)
-    kinds = [codec == BITMASK, codec == GAP8, codec == GAP16]
-    kinds += [(place < 0) & (values == code) for code in (SIGNS, LEVELS)]
-    low = np.select(kinds, [(n + 7) // 8, nnz, 2 * nnz, 32 + 2 * lines, 2])
-    high = low + np.select(kinds[1:4], [(n - nnz) // 255, (n - nnz) // 65535 * 2, 16 * 63])
-    step = np.select(kinds[2:4], [2, 16], 1)
+    wanted = np.select(special, [PARAMETERS, DRAWN, CODED, FULL, EMPTY], some)
+    kinds = [codec == BITMASK, codec == GAP8, codec == GAP16, codec == CODED]
+    kinds += [(place < 0) & (values == code) for code in (SIGNS, LEVELS, GRID)]
+    low = np.select(kinds, [(n + 7) // 8, nnz, 2 * nnz, 8, 32 + 2 * lines, 2, 16 + 2 * lines])
+    more = [(n - nnz) // 255, (n - nnz) // 65535 * 2, 60 * n, 16 * 63]
+    high = low + np.select(kinds[1:5], more)
+    step = np.select(kinds[2:5], [2, 4, 16], 1)
     used = np.select([place < 0, values >= SIGNS], [0, 1], width)  # planes that hold anything
-    size = np.where(values == SIGNS, (nnz + 7) // 8, nnz)
+    size = np.where(has_bits, (nnz + 7) // 8, nnz)
     bad_size = np.zeros(len(words), bool)
     streams = [(np.where(i < used, size, 0), planes_z >> i & 1, planes[i]) for i in range(8)]
     for whole, is_frame, stored in [(raw, mask_z, mask_stored), *streams]:
         bad_frame = (stored >= whole) | (stored * 32768 < whole)
         bad_size |= np.where(is_frame != 0, bad_frame, stored != whole)
-    bad_planes = planes_z >> np.where(values == SIGNS, 0, used) != 0
+    bad_z = (mask_z > (codec != CODED)) | (planes_z >> np.where(has_bits, 0, used) != 0)
     for rule, bad in (
         ("C-NNZ", nnz > n),
         ("C-CODEC", (codec != wanted) | ((values == LEVELS) & (nnz != n))),
         ("C-NEW", (op == NEW) & (codec != FULL)),
-        ("C-FLAGS", (reserved != 0) | (mask_z > 1) | bad_planes),
+        ("C-FLAGS", (reserved != 0) | bad_z),
         ("C-MASKSIZE", (raw < low) | (raw > high) | ((raw - low) % step != 0)),
         ("C-STORED", bad_size),
     ):
         check(not bad.any(), rule, f"chunk record {np.flatnonzero(bad)[:1]}")
     starts = np.cumsum(np.append(64, (mask_stored + sum(planes) + 7) // 8 * 8))
     check(starts[-1] == index_offset, "C-LAYOUT", f"chunks end at {starts[-1]}")
-    raw = raw + size * used + np.where((values == SIGNS) & (place >= 0), n // 32, 0)
+    work = np.select([codec == DRAWN, codec == CODED], [n // 32, n // 8 + 4 * nnz])
+    raw = raw + size * used + work
     total, limit = int(raw.sum()), 256 * (index_offset - 64) + (1 << 26)
     check(total <= limit, "C-EXPANSION", f"{total} bytes decoded, {limit} allowed")
     return starts
@@ -206,7 +211,7 @@ def chunk_starts(table: memoryview, records: list[Record], index_offset: int) ->
 
 def decode_mask(codec: int, mask: bytes | memoryview, n: int, nnz: int, what: str) -> Kept:
     """Section 5."""
-    if codec in (EMPTY, FULL, DRAWN):
+    if codec in (EMPTY, FULL, DRAWN, CODED):
         return slice(0, nnz)
     stream = np.frombuffer(mask, np.uint8)
     if codec == BITMASK:
@@ -229,29 +234,43 @@ def decode_mask(codec: int, mask: bytes | memoryview, n: int, nnz: int, what: st
 
 @np.errstate(all="ignore")
 def parse_parameters(record: Record, raw: np.ndarray, what: str) -> tuple | np.float32:
-    """Section 3.9: of levels H(e), of signs what ``draw`` takes."""
+    """Section 3.9: of levels H(e), of signs what ``draw`` takes, of a grid what ``step`` takes."""
     if record.value_codec == LEVELS:
         (exponent,) = struct.unpack("<h", raw)
         check(abs(exponent) <= 120, "P-PARAMETERS", what)
         return POWERS[exponent + 240]
-    seed, gain, count, reserved = struct.unpack_from("<QfHH", raw)
-    (rows, columns), start = matrix(record.shape), 16 + 16 * count
-    check(start + 2 * (rows + columns) == len(raw), "P-PARAMETERS", what)
-    parts = np.frombuffer(raw, SUBSPACE, count, 16)
-    first, zeros, scale, rate = (parts[name] for name in SUBSPACE.names)
+    (rows, columns), start = matrix(record.shape), 16
+    if record.value_codec == SIGNS:
+        seed, gain, count, reserved = struct.unpack_from("<QfHH", raw)
+        start += 16 * count
+        check(start + 2 * (rows + columns) == len(raw), "P-PARAMETERS", what)
+        parts = np.frombuffer(raw, SUBSPACE, count, 16)
+        first, zeros, scale, rate = (parts[name] for name in SUBSPACE.names)
+        good = not reserved and not zeros.any() and gain < np.inf and math.copysign(1, gain) > 0
+        good &= first[0] == -32768 and bool((first[1:] > first[:-1]).all())
+        good &= all(((part > 0) & (part < np.inf)).all() for part in (scale, rate))
+    else:
+        size, first, *zeros = struct.unpack_from("<dhHI", raw)
+        good = 0 < size < np.inf and not any(zeros)
     exponents = np.frombuffer(raw, np.int8, offset=start).astype(np.int32).reshape(2, -1)
     exponents[0, exponents[0] == -128] = NEVER
-    good = not reserved and not zeros.any() and gain < np.inf and math.copysign(1, gain) > 0
-    good &= first[0] == -32768 and bool((first[1:] > first[:-1]).all())
-    good &= all(((part > 0) & (part < np.inf)).all() for part in (scale, rate))
     good &= bool(((np.abs(exponents) <= 60) | (exponents == NEVER)).all())
     check(good, "P-PARAMETERS", what)
+    lines = exponents[:, :rows], exponents[:, rows:]
+    if record.value_codec == GRID:
+        return *lines, first, (size / POWERS.astype(np.float64)).astype(np.float32)
     m = np.searchsorted(first, EXPONENTS, "right") - 1
     score = (np.float32(gain) * POWERS).astype(np.float64)
     levels = np.minimum(65536, np.rint(65536 * (score * rate[m])))
     factors = scale[m].astype(np.float64) * 65536 / levels  # infinite where level is 0
-    lines = exponents[:, :rows], exponents[:, rows:]
     return seed, np.float32(gain), *lines, levels, factors.astype(np.float32)
+
+
+def signed(change: np.ndarray, plane: np.ndarray, what: str) -> np.ndarray:
+    """Section 6.2: minus where a bit of the plane says so."""
+    minus = np.unpackbits(plane, bitorder="little")
+    check(not minus[len(change) :].any(), "P-TAIL", what)
+    return np.where(minus[: len(change)], -change, change)
 
 
 @np.errstate(all="ignore")
@@ -275,10 +294,63 @@ def draw(p: tuple, place: slice, nnz: int, plane: np.ndarray, what: str) -> tupl
         found.append((at[hit] - place.start, s[hit] + 240, u[hit]))
     kept, s, u = map(np.concatenate, zip(*found, strict=True))
     check(len(kept) == nnz, "P-POPCOUNT", what)
-    minus = np.unpackbits(plane, bitorder="little")
-    check(not minus[nnz:].any(), "P-TAIL", what)
-    change = gain * POWERS[s] * factors[u]
-    return kept.astype(np.int64), np.where(minus[:nnz], -change, change)
+    return kept.astype(np.int64), signed(gain * POWERS[s] * factors[u], plane, what)
+
+
+def decode_magnitudes(words: list[int], contexts: list[int], nnz: int, what: str) -> dict[int, int]:
+    """Section 6.5: the magnitudes that are not 0. A negative context stands for no code."""
+    stream, chances, found = iter(words), {}, {}
+    x = next(stream) + (next(stream) << 32)
+    check(x >> 32 > 0, "P-CODE", what)
+
+    def decide(*name: int) -> bool:
+        """By the chance of this name; further bits have none."""
+        nonlocal x
+        a, m = chances.get(name, (1 << 31, 0))
+        f = min(max(a >> 16, 1), 65535)
+        q, r = x >> 16, x & 0xFFFF
+        bit = r < f
+        x = f * q + r if bit else (65536 - f) * q + r - f
+        if x >> 32 == 0:
+            word = next(stream, None)
+            check(word is not None, "P-CODE", what)
+            x = x << 32 | word
+        if name:
+            a += ((bit << 32) - bit - a) * ((1 << 17) // (2 * m + 3)) >> 16
+            chances[name] = a, min(m + 1, 511)
+        return bit
+
+    for i, context in enumerate(contexts):
+        if context < 0:
+            continue
+        bits = 0
+        while bits < 15 and decide(context, bits):
+            bits += 1
+        magnitude = int(bits > 0)
+        for below in range(bits - 1):
+            name = () if below else (context, bits, 1)
+            magnitude = 2 * magnitude + decide(*name)
+        if magnitude:
+            check(len(found) < nnz, "P-POPCOUNT", what)
+            found[i] = magnitude
+    check(len(found) == nnz, "P-POPCOUNT", what)
+    check(next(stream, None) is None and x == 1 << 32, "P-CODE", what)
+    return found
+
+
+@np.errstate(all="ignore")
+def step(
+    p: tuple, place: slice, nnz: int, mask: np.ndarray, plane: np.ndarray, what: str
+) -> tuple[Kept, np.ndarray]:
+    """Section 6.4: the elements of a chunk that are kept, and what each is changed by."""
+    rows, columns, first, steps = p
+    row, column = np.divmod(np.arange(place.start, place.stop), columns.shape[1])
+    s, v = rows[:, row] + columns[:, column]
+    contexts = np.where(s < -120, -1, np.clip(s + v - first, 0, 63))
+    found = decode_magnitudes(mask.view("<u4").tolist(), contexts.tolist(), nnz, what)
+    kept = np.array(list(found), np.int64)
+    change = np.array(list(found.values()), np.float32) * steps[v[kept] + 240]
+    return kept, signed(change, plane, what)
 
 
 @np.errstate(all="ignore")
@@ -400,8 +472,12 @@ class Nps:
                 streams.append(np.frombuffer(stream, np.uint8))
             if i < 0:
                 parameters = parse_parameters(record, streams[0], what)
+            elif codec == CODED:
+                yield place, *step(parameters, place, nnz, *streams[:2], what)
             elif record.value_codec == SIGNS:
                 yield place, *draw(parameters, place, nnz, streams[1], what)
+            elif record.value_codec == GRID:
+                yield place, kept, np.zeros(0, np.float32)
             elif record.value_codec == LEVELS:
                 yield place, kept, streams[1].view(np.int8).astype(np.float32) * parameters
             else:

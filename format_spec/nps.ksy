@@ -1,7 +1,7 @@
 # What a parser generated from this file checks is marked with the rule of section 8 of
 # format_spec/SPEC.md. What it cannot check: CRC-32s and digests (H-CRC, T-CRC, I-DIGEST, P-DIGEST,
 # D-DIGEST), the JSON of the metadata (M-JSON, M-KEYS), and the chunks' streams, which stay as they
-# are stored (P-ZSTD, P-GAP, P-POPCOUNT, P-TAIL, P-ESCAPE); parameters alone are read. A generated
+# are stored (P-ZSTD, P-GAP, P-CODE, P-POPCOUNT, P-TAIL, P-ESCAPE); parameters alone are read. A generated
 # parser stops at a broken rule, not necessarily at the first one in the order of section 8.
 #
 # Fields of `size: 0` are checks: they read nothing. `seq` of `nps` reads everything, so that a
@@ -193,7 +193,7 @@ types:
         doc: Number of chunks that the shapes of all tensors and files ask for.
       end_tensor_raw_bytes:
         value: 'tensor_chunks.size == 0 ? 0 : tensor_chunks.last.end_raw_bytes'
-        doc: Sum of the raw sizes of all masks and planes of all tensors.
+        doc: Sum of the raw sizes of all masks and planes of all tensors, and work.
 
   index_head:
     doc-ref: 'format_spec/SPEC.md, section 3.1: Head'
@@ -306,7 +306,7 @@ types:
             : _ == value_codec::replace or _ == value_codec::xor
               or (_ == value_codec::ulp and (dtype == dtype::f16 or dtype == dtype::bf16
                                              or dtype == dtype::f32 or dtype == dtype::f64))
-              or ((_ == value_codec::signs or _ == value_codec::levels)
+              or ((_ == value_codec::signs or _ == value_codec::levels or _ == value_codec::grid)
                   and (dtype == dtype::f16 or dtype == dtype::bf16 or dtype == dtype::f32))
           # R-VALUES
       - id: chunk_log2
@@ -362,8 +362,13 @@ types:
         doc: Elements of every chunk but the last one.
       is_signs:
         value: value_codec == value_codec::signs
+      is_grid:
+        value: value_codec == value_codec::grid
+      has_bits:
+        value: is_signs or is_grid
+        doc: Plane 0 holds a bit, which is a sign, for every kept element.
       has_parameters:
-        value: is_signs or value_codec == value_codec::levels
+        value: has_bits or value_codec == value_codec::levels
         doc: The first chunk holds parameters, no elements.
       parameter_chunks:
         value: 'has_parameters ? 1 : 0'
@@ -438,7 +443,7 @@ types:
         type: tensor_record
       - id: raw_bytes
         type: u8
-        doc: Sum of the raw sizes of all masks and planes of the tensors and files before this one.
+        doc: Sum of the raw sizes, and work, of the tensors and files before this one.
     seq:
       - id: chunks
         type: 'chunk_record(tensor, _index,
@@ -462,7 +467,7 @@ types:
         doc: Number of the chunk in its tensor or file.
       - id: raw_bytes
         type: u8
-        doc: Sum of the raw sizes of all masks and planes of the chunks before this one.
+        doc: Sum of the raw sizes of all masks and planes, and work, of the chunks before this one.
     seq:
       - id: mask_stored_bytes
         type: u4
@@ -480,6 +485,7 @@ types:
           expr: |
             is_parameters ? _ == mask_codec::parameters
             : tensor.is_signs ? _ == mask_codec::drawn
+            : tensor.is_grid ? _ == (nnz == 0 ? mask_codec::empty : mask_codec::coded)
             : tensor.has_parameters ? _ == mask_codec::full and nnz == elements
             : nnz == 0 ? _ == mask_codec::empty
             : nnz == elements ? _ == mask_codec::full
@@ -496,12 +502,12 @@ types:
       - id: mask_compressed
         type: u1
         valid:
-          max: 1  # C-FLAGS
+          max: 'mask_codec == mask_codec::coded ? 0 : 1'  # C-FLAGS
         doc: 1 where the mask is a zstd frame.
       - id: planes_compressed
         type: u1
         valid:
-          max: 'tensor.is_signs ? 0 : (1 << planes) - 1'  # C-FLAGS
+          max: 'tensor.has_bits ? 0 : (1 << planes) - 1'  # C-FLAGS
         doc: Bit i is 1 where plane i is a zstd frame.
       - id: reserved
         contents: [0]  # C-FLAGS
@@ -513,13 +519,17 @@ types:
             ? (tensor.is_signs ? mask_raw_bytes >= exponents + 32
                                  and mask_raw_bytes <= exponents + 16 + 16 * 64
                                  and (mask_raw_bytes - exponents) % 16 == 0
-                               : mask_raw_bytes == 2)
+               : tensor.is_grid ? mask_raw_bytes == exponents + 16
+                                : mask_raw_bytes == 2)
             : mask_codec == mask_codec::bitmask ? mask_raw_bytes == (elements + 7) / 8
             : mask_codec == mask_codec::gap8 ? mask_raw_bytes >= nnz
                                                and mask_raw_bytes <= nnz + (elements - nnz) / 255
             : mask_codec == mask_codec::gap16
               ? mask_raw_bytes % 2 == 0 and mask_raw_bytes >= 2 * nnz
                 and mask_raw_bytes <= 2 * (nnz + (elements - nnz) / 65535)
+            : mask_codec == mask_codec::coded
+              ? mask_raw_bytes % 4 == 0 and mask_raw_bytes >= 8
+                and mask_raw_bytes <= 8 + 60 * elements
             : mask_raw_bytes == 0
           # C-MASKSIZE
       - id: check_mask_stored_bytes
@@ -561,14 +571,20 @@ types:
         doc: Number of elements of the chunk.
       exponents:
         value: 2 * (tensor.rows + tensor.columns)
-        doc: Number of exponents among the parameters of signs, of one byte each.
+        doc: Number of exponents among the parameters of signs or of a grid, of one byte each.
       planes:
         value: 'is_parameters ? 0 : tensor.has_parameters ? 1 : tensor.width'
         doc: Number of planes; those from here to the dtype's width on are empty.
       plane_raw_bytes:
-        value: 'tensor.is_signs ? (nnz + 7) / 8 : nnz'
+        value: 'tensor.has_bits ? (nnz + 7) / 8 : nnz'
+      work:
+        value: |
+          mask_codec == mask_codec::drawn ? elements / 32
+          : mask_codec == mask_codec::coded ? elements / 8 + 4 * nnz
+          : 0
+        doc: What finding out which elements are kept counts as, in bytes.
       end_raw_bytes:
-        value: raw_bytes + mask_raw_bytes + planes * plane_raw_bytes
+        value: raw_bytes + mask_raw_bytes + planes * plane_raw_bytes + work
 
   heap:
     doc: |
@@ -704,18 +720,29 @@ types:
         type: signs_parameters(record)
         if: record.is_parameters and record.tensor.is_signs and record.mask_compressed == 1
         doc: The parameters of signs where they are stored as one zstd frame; use `signs`.
+      - id: grid_raw
+        size: record.mask_stored_bytes
+        type: grid_parameters(record)
+        if: record.is_parameters and record.tensor.is_grid and record.mask_compressed == 0
+        doc: The parameters of a grid where they are stored raw; use `grid`.
+      - id: grid_zstd
+        size: record.mask_stored_bytes
+        process: nps_zstd(record.mask_raw_bytes)  # P-ZSTD
+        type: grid_parameters(record)
+        if: record.is_parameters and record.tensor.is_grid and record.mask_compressed == 1
+        doc: The parameters of a grid where they are stored as one zstd frame; use `grid`.
       - id: levels
         size: record.mask_stored_bytes
         type: levels_parameters
-        if: record.is_parameters and not record.tensor.is_signs
+        if: record.is_parameters and not record.tensor.has_bits
       - id: planes
         size: record.plane_stored_bytes[_index]
         repeat: expr
         repeat-expr: record.tensor.width
         doc: |
           Plane i holds byte i of the payload word of every kept element; it is a zstd frame where
-          bit i of record.planes_compressed is 1. In signs plane 0 holds a bit for every drawn
-          element, in levels a signed byte for every element; other planes are empty.
+          bit i of record.planes_compressed is 1. In signs and grids plane 0 holds a bit for every
+          kept element, in levels a signed byte for every element; other planes are empty.
         doc-ref: 'format_spec/SPEC.md, section 6: Value codecs'
       - id: padding
         type: u1
@@ -727,11 +754,13 @@ types:
       signs:
         value: 'record.mask_compressed == 0 ? signs_raw : signs_zstd'
         if: record.is_parameters and record.tensor.is_signs
+      grid:
+        value: 'record.mask_compressed == 0 ? grid_raw : grid_zstd'
+        if: record.is_parameters and record.tensor.is_grid
 
   signs_parameters:
     doc: |
-      Which elements are drawn, and how large their changes are. Exponents are in half octaves: an
-      exponent e stands for the factor 2^(e / 2).
+      Which elements are drawn, and how large their changes are.
     doc-ref: 'format_spec/SPEC.md, section 6: Value codecs'
     params:
       - id: record
@@ -756,34 +785,8 @@ types:
         type: 'subspace(_index, _index == 0 ? -32768 : subspaces[_index - 1].first)'
         repeat: expr
         repeat-expr: num_subspaces
-      - id: size_rows
-        type: s1
-        repeat: expr
-        repeat-expr: record.tensor.rows
-        valid:
-          expr: _ == -128 or (_ >= -60 and _ <= 60)  # P-PARAMETERS
-        doc: Exponent of each row's size; -128 stands for the factor 0.
-      - id: size_columns
-        type: s1
-        repeat: expr
-        repeat-expr: record.tensor.columns
-        valid:
-          expr: _ == -128 or (_ >= -60 and _ <= 60)  # P-PARAMETERS
-        doc: Exponent of each column's size; -128 stands for the factor 0.
-      - id: importance_rows
-        type: s1
-        repeat: expr
-        repeat-expr: record.tensor.rows
-        valid:  # P-PARAMETERS
-          min: -60
-          max: 60
-      - id: importance_columns
-        type: s1
-        repeat: expr
-        repeat-expr: record.tensor.columns
-        valid:  # P-PARAMETERS
-          min: -60
-          max: 60
+      - id: exponents
+        type: exponents(record)
     instances:
       gain_bits:
         pos: 8
@@ -813,6 +816,63 @@ types:
         type: f8
         valid:
           expr: _ > 0 and _ <= 1.7976931348623157e+308  # P-PARAMETERS
+
+  grid_parameters:
+    doc: What one step of a change is worth, and in which contexts magnitudes are coded.
+    doc-ref: 'format_spec/SPEC.md, section 6: Value codecs'
+    params:
+      - id: record
+        type: chunk_record
+    seq:
+      - id: step
+        type: f8
+        valid:
+          expr: _ > 0 and _ <= 1.7976931348623157e+308  # P-PARAMETERS
+      - id: first
+        type: s2
+        doc: The exponent, size and importance together, of the first of the 64 contexts.
+      - id: reserved
+        contents: [0, 0, 0, 0, 0, 0]  # P-PARAMETERS
+      - id: exponents
+        type: exponents(record)
+
+  exponents:
+    doc: |
+      Of the rows and columns of a tensor. They are in half octaves: an exponent e stands for the
+      factor 2^(e / 2).
+    doc-ref: 'format_spec/SPEC.md, section 3.9: Chunks of signs, levels and grids'
+    params:
+      - id: record
+        type: chunk_record
+    seq:
+      - id: size_rows
+        type: s1
+        repeat: expr
+        repeat-expr: record.tensor.rows
+        valid:
+          expr: _ == -128 or (_ >= -60 and _ <= 60)  # P-PARAMETERS
+        doc: Exponent of each row's size; -128 stands for the factor 0.
+      - id: size_columns
+        type: s1
+        repeat: expr
+        repeat-expr: record.tensor.columns
+        valid:
+          expr: _ == -128 or (_ >= -60 and _ <= 60)  # P-PARAMETERS
+        doc: Exponent of each column's size; -128 stands for the factor 0.
+      - id: importance_rows
+        type: s1
+        repeat: expr
+        repeat-expr: record.tensor.rows
+        valid:  # P-PARAMETERS
+          min: -60
+          max: 60
+      - id: importance_columns
+        type: s1
+        repeat: expr
+        repeat-expr: record.tensor.columns
+        valid:  # P-PARAMETERS
+          min: -60
+          max: 60
 
   levels_parameters:
     doc: A change is a multiple of 2^(exponent / 2).
@@ -880,7 +940,10 @@ enums:
       doc: What the parameters of signs draw at random is kept; there is no stream.
     8:
       id: parameters
-      doc: No mask, but the parameters of signs or levels.
+      doc: No mask, but the parameters of signs, levels or a grid.
+    9:
+      id: coded
+      doc: What has a magnitude other than 0 is kept; the stream is arithmetic-coded.
   value_codec:
     0:
       id: none
@@ -900,3 +963,6 @@ enums:
     17:
       id: levels
       doc: The payload is a multiple of one step, as a signed byte.
+    18:
+      id: grid
+      doc: The payload is a multiple of the step of its place, as a coded magnitude and a sign.

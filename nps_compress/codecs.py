@@ -41,9 +41,9 @@ class MaskCodec(IntEnum):
     BITMASK = 2
     GAP8 = 3
     GAP16 = 4
-    CODED = 9  # come with the magnitudes of integers (grid_codec.py)
     DRAWN = 7  # follow from the tensor's parameters (sign_codec.py)
     PARAMETERS = 8  # not a mask: the first chunk of a tensor that has them
+    CODED = 9  # come with the magnitudes of integers (grid_codec.py)
 
 
 class ValueCodec(IntEnum):

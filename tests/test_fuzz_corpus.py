@@ -24,13 +24,20 @@ def test_corpus(name):
 @pytest.mark.parametrize(
     ("name", "broken", "value"),
     [
-        ("masks", "decode_mask", lambda *_: targets.np.zeros(1, targets.np.uint32)),
-        ("zstd", "decompress", lambda *_: b"x"),
-        ("values", "apply_payload", lambda *_: None),
+        ("masks", "codecs.decode_mask", lambda *_: targets.np.zeros(1, targets.np.uint32)),
+        ("zstd", "codecs.decompress", lambda *_: b"x"),
+        ("values", "codecs.apply_payload", lambda *_: None),
+        ("magnitudes", "entropy_coding.decode_magnitudes", lambda *_: 0),
+        ("magnitudes", "entropy_coding.encode_magnitudes", lambda *_: b"x"),
+        ("quantised", "grid_codec.add_changes", lambda *_: None),
+        ("quantised", "sign_codec.add_changes", lambda *_: None),
+        ("quantised", "sign_codec.level_changes", lambda levels, _: levels.astype("f4")),
+        ("reader", "Task.rebuild_words", lambda *_: None),
     ],
 )
 def test_a_wrong_codec_would_show(name, broken, value, monkeypatch):
-    monkeypatch.setattr(targets.codecs, broken, value)
+    module, function = broken.split(".")
+    monkeypatch.setattr(getattr(targets, module), function, value)
     with pytest.raises(AssertionError):
         test_corpus(name)
 

@@ -15,10 +15,14 @@ import pytest
 
 from nps_compress.codecs import EncodedChunk, MaskCodec, ValueCodec, compress
 from nps_compress.dtypes import BY_NAME, DType
+from nps_compress.entropy_coding import encode_magnitudes
 from nps_compress.format import layout
 from nps_compress.format.layout import Op
 from nps_compress.format.records import BaseTensor, TensorEntry
 from nps_compress.format.writer import NpsWriter
+from nps_compress.grid_codec import GridParameters
+from nps_compress.rank_one import RankOne
+from nps_compress.sign_codec import SignParameters, parameter_chunk
 
 U8, BF16, F64 = BY_NAME["U8"], BY_NAME["BF16"], BY_NAME["F64"]
 LIMIT = 10**6
@@ -138,6 +142,16 @@ print(time.process_time() - start, peak() - before)
 """
 
 
+def measured(small: Path, path: Path) -> tuple[float, float]:
+    """Seconds of processor time and KiB that verifying ``path`` takes. small: of its kind."""
+    arguments = [sys.executable, "-c", MEASURE, str(small), str(path)]
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    seconds, kib = map(float, done.stdout.split())
+    print(f"{path.stat().st_size:,} bytes, {seconds:.2f} s, {kib / 1024:.0f} MiB")
+    return seconds, kib
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("case", CASES)
 def test_work_is_bounded(tmp_path: Path, case: str) -> None:
@@ -147,13 +161,54 @@ def test_work_is_bounded(tmp_path: Path, case: str) -> None:
     data = build(*CASES[case])
     assert 500_000 < len(data) < LIMIT
     path.write_bytes(data)
-    arguments = [sys.executable, "-c", MEASURE, str(small), str(path)]
-    done = subprocess.run(arguments, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    seconds, kib = map(float, done.stdout.split())
-    print(f"{case}: {len(data):,} bytes, {seconds:.2f} s, {kib / 1024:.0f} MiB")
+    seconds, kib = measured(small, path)
     assert seconds < 2
     assert kib < 1 << 20
+
+
+def nothing_drawn(sizes: RankOne, numel: int) -> tuple[ValueCodec, bytes, EncodedChunk]:
+    known = SignParameters(1, 1e-30, (-(1 << 15),), (1e-30,), (1.0,), sizes, sizes)
+    chunk = EncodedChunk(0, MaskCodec.DRAWN, 0, False, b"", 0, (), numel)
+    return ValueCodec.SIGNS, known.to_bytes(), chunk
+
+
+def next_to_nothing_coded(sizes: RankOne, numel: int) -> tuple[ValueCodec, bytes, EncodedChunk]:
+    magnitudes = np.zeros(numel, np.int16)
+    magnitudes[-1] = 1
+    stream = encode_magnitudes(magnitudes, np.zeros(numel, np.int8))
+    chunk = EncodedChunk(1, MaskCodec.CODED, len(stream), False, stream, 0, (b"\0",), numel)
+    return ValueCodec.GRID, GridParameters(1.0, 0, sizes, sizes).to_bytes(), chunk
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("kind", [nothing_drawn, next_to_nothing_coded])
+def test_what_elements_count_as_is_what_they_take(tmp_path: Path, kind: Callable) -> None:
+    """C-EXPANSION allows 64 MiB beside 256 times a file; each byte of it takes under 300 ns."""
+
+    def file(rows: int, columns: int, log2: int) -> bytes:
+        sizes = RankOne(np.zeros(rows, np.int16), np.zeros(columns, np.int16))
+        codec, known, chunk = kind(sizes, min(1 << log2, rows * columns))
+
+        def fill(writer: NpsWriter) -> list[BaseTensor]:
+            chunks = [chunk] * (-(-rows * columns >> log2))
+            writer.add_chunks([parameter_chunk(known), *chunks])
+            shape = (rows, columns)
+            writer.add_tensor(TensorEntry("t", BF16, shape, Op.DELTA, codec, log2, 0, bytes(32)))
+            return [BaseTensor("t", BF16, shape, bytes(32))]
+
+        return build(fill, 0)
+
+    small, path = tmp_path / "small.nps", tmp_path / "x.nps"
+    small.write_bytes(file(8, 16, 10))
+    numel = 1 << 26
+    path.write_bytes(file(numel >> 13, 1 << 13, 22))
+    assert path.stat().st_size < 5_000
+    seconds, kib = measured(small, path)
+    counted = (
+        layout.drawing_work(numel) if kind is nothing_drawn else layout.decoding_work(numel, 0)
+    )
+    assert seconds < 300e-9 * counted
+    assert kib < 1 << 18
 
 
 def test_one_step_further_is_refused(tmp_path):

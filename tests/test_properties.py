@@ -20,13 +20,16 @@ import targets
 from nps_compress import codecs
 from nps_compress.atomic import atomic_file
 from nps_compress.codecs import EncodedChunk, MaskCodec, ValueCodec
-from nps_compress.dtypes import DTYPES, DType, Words, digest
+from nps_compress.dtypes import DTYPES, PRUNABLE, DType, Words, digest
 from nps_compress.errors import OutputExistsError
 from nps_compress.format import layout
 from nps_compress.format.layout import Op
 from nps_compress.format.records import BaseTensor, TensorEntry
 from nps_compress.format.writer import NpsWriter
+from nps_compress.grid_codec import GridParameters, encode_grid
+from nps_compress.rank_one import LARGEST, ZERO, RankOne, rows_and_columns
 from nps_compress.reconstruct import Task
+from nps_compress.sign_codec import parameter_chunk
 
 VALID = ROOT / "format_spec" / "vectors" / "valid"
 SHAPES = st.one_of(
@@ -131,6 +134,62 @@ def test_round_trip(tmp_path_factory, delta, mask, values, chunk_log2, level):
         )
     again.finish([], {"tool": "another"})
     assert minimal_reader.Nps(other.getvalue()).content_digest == content
+
+
+@st.composite
+def factors(draw: st.DrawFn, rows: int, columns: int, may_be_zero: bool) -> RankOne:
+    """Exponents near each other, or of all that are allowed; some of size 0."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    most = draw(st.sampled_from([0, 3, LARGEST]))
+    found = [rng.integers(-most, most + 1, size).astype(np.int16) for size in (rows, columns)]
+    if may_be_zero:
+        for each in found:
+            each[rng.random(each.size) < draw(st.sampled_from([0, 0.1, 1]))] = ZERO
+    return RankOne(*found)
+
+
+@settings(deadline=None, max_examples=200)
+@given(data=st.data())
+def test_round_trip_of_grids(tmp_path_factory, data):
+    """Any words, factors, steps and integers, by the package and by the minimal reader."""
+    dtype = data.draw(st.sampled_from([dtype for dtype in DTYPES if dtype.name in PRUNABLE]))
+    shape = tuple(data.draw(SHAPES))
+    numel, (rows, columns) = math.prod(shape), rows_and_columns(shape)
+    before = data.draw(words(dtype, numel))
+    known = GridParameters(
+        data.draw(st.sampled_from([1e-3, 1 / 3, 1.0, 1e-45, 1e30, 1e300])),
+        data.draw(st.sampled_from([-(1 << 15), -60, -5, 0, 5, (1 << 15) - 1])),
+        data.draw(factors(rows, columns, may_be_zero=True)),
+        data.draw(factors(rows, columns, may_be_zero=False)),
+    )
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    mean = data.draw(st.sampled_from([1e-9, 0.02, 1.0, 30.0, 1e4]))
+    sizes = np.minimum(np.floor(rng.exponential(mean, numel) + rng.random(numel)), 32767)
+    levels = (sizes * rng.choice([-1, 1], numel)).astype(np.int16)
+    levels[known.contexts(0, numel) < 0] = 0
+    log2 = data.draw(st.integers(layout.MIN_CHUNK_LOG2, layout.MAX_CHUNK_LOG2))
+    chunks, after = [parameter_chunk(known.to_bytes())], before.copy()
+    for start in range(0, numel, 1 << log2):
+        part = slice(start, start + (1 << log2))
+        chunks.append(encode_grid(known, start, levels[part]))
+        positions = np.flatnonzero(levels[part]).astype(np.uint32)
+        known.apply(start, positions, levels[part][positions], before[part], after[part], dtype)
+    stream = io.BytesIO()
+    writer = NpsWriter(stream)
+    writer.add_chunks(chunks)
+    writer.add_tensor(
+        TensorEntry("w", dtype, shape, Op.DELTA, ValueCodec.GRID, log2, 0, digest(after))
+    )
+    writer.finish([BaseTensor("w", dtype, shape, digest(before))], {})
+    path = tmp_path_factory.getbasetemp() / "grid.nps"
+    path.write_bytes(stream.getvalue())
+    with Task(path) as task:
+        assert np.array_equal(task.rebuild_words("w", before.copy()), after)
+        (entry,) = task.reader.tensors
+        task.reader.verify(entry)
+        assert task.reader.nnz(entry) == np.count_nonzero(levels)
+    minimal = minimal_reader.Nps(stream.getvalue())
+    assert minimal.rebuild({"w": (dtype.name, shape, before.tobytes())}) == {"w": after.tobytes()}
 
 
 # -- hostile fields with every checksum made right ------------------------------------------------

@@ -1,4 +1,4 @@
-# From nps.ksy, SHA-256 5756b47c6a16fec531ef64a7da44ec646cc3ed2fbb505eaaf967bb37260cd40f
+# From nps.ksy, SHA-256 dda740641ae505ba46e73e62cf5832d5590378a2dd216dc9a5e407cc357fe98b
 # This is a generated file! Please edit source .ksy file and use kaitai-struct-compiler to rebuild
 # type: ignore
 
@@ -51,6 +51,7 @@ class Nps(KaitaiStruct):
         gap16 = 4
         drawn = 7
         parameters = 8
+        coded = 9
 
     class Op(IntEnum):
         copy = 1
@@ -64,6 +65,7 @@ class Nps(KaitaiStruct):
         ulp = 3
         signs = 16
         levels = 17
+        grid = 18
     def __init__(self, _io, _parent=None, _root=None):
         super(Nps, self).__init__(_io)
         self._parent = _parent
@@ -167,7 +169,21 @@ class Nps(KaitaiStruct):
                 _io__raw_signs_zstd = KaitaiStream(BytesIO(self._raw_signs_zstd))
                 self.signs_zstd = Nps.SignsParameters(self.record, _io__raw_signs_zstd, self, self._root)
 
-            if  ((self.record.is_parameters) and ((not (self.record.tensor.is_signs)))) :
+            if  ((self.record.is_parameters) and (self.record.tensor.is_grid) and (self.record.mask_compressed == 0)) :
+                pass
+                self._raw_grid_raw = self._io.read_bytes(self.record.mask_stored_bytes)
+                _io__raw_grid_raw = KaitaiStream(BytesIO(self._raw_grid_raw))
+                self.grid_raw = Nps.GridParameters(self.record, _io__raw_grid_raw, self, self._root)
+
+            if  ((self.record.is_parameters) and (self.record.tensor.is_grid) and (self.record.mask_compressed == 1)) :
+                pass
+                self._raw__raw_grid_zstd = self._io.read_bytes(self.record.mask_stored_bytes)
+                _process = NpsZstd(self.record.mask_raw_bytes)
+                self._raw_grid_zstd = _process.decode(self._raw__raw_grid_zstd)
+                _io__raw_grid_zstd = KaitaiStream(BytesIO(self._raw_grid_zstd))
+                self.grid_zstd = Nps.GridParameters(self.record, _io__raw_grid_zstd, self, self._root)
+
+            if  ((self.record.is_parameters) and ((not (self.record.tensor.has_bits)))) :
                 pass
                 self._raw_levels = self._io.read_bytes(self.record.mask_stored_bytes)
                 _io__raw_levels = KaitaiStream(BytesIO(self._raw_levels))
@@ -181,7 +197,7 @@ class Nps(KaitaiStruct):
             for i in range((8 - self._io.pos() % 8) % 8):
                 self.padding.append(self._io.read_u1())
                 if not self.padding[i] == 0:
-                    raise kaitaistruct.ValidationNotEqualError(0, self.padding[i], self._io, u"/types/chunk/seq/5")
+                    raise kaitaistruct.ValidationNotEqualError(0, self.padding[i], self._io, u"/types/chunk/seq/7")
 
 
 
@@ -198,7 +214,15 @@ class Nps(KaitaiStruct):
                 pass
                 self.signs_zstd._fetch_instances()
 
-            if  ((self.record.is_parameters) and ((not (self.record.tensor.is_signs)))) :
+            if  ((self.record.is_parameters) and (self.record.tensor.is_grid) and (self.record.mask_compressed == 0)) :
+                pass
+                self.grid_raw._fetch_instances()
+
+            if  ((self.record.is_parameters) and (self.record.tensor.is_grid) and (self.record.mask_compressed == 1)) :
+                pass
+                self.grid_zstd._fetch_instances()
+
+            if  ((self.record.is_parameters) and ((not (self.record.tensor.has_bits)))) :
                 pass
                 self.levels._fetch_instances()
 
@@ -208,6 +232,17 @@ class Nps(KaitaiStruct):
             for i in range(len(self.padding)):
                 pass
 
+
+        @property
+        def grid(self):
+            if hasattr(self, '_m_grid'):
+                return self._m_grid
+
+            if  ((self.record.is_parameters) and (self.record.tensor.is_grid)) :
+                pass
+                self._m_grid = (self.grid_raw if self.record.mask_compressed == 0 else self.grid_zstd)
+
+            return getattr(self, '_m_grid', None)
 
         @property
         def signs(self):
@@ -284,24 +319,24 @@ class Nps(KaitaiStruct):
                 raise kaitaistruct.ValidationGreaterThanError(self.elements, self.nnz, self._io, u"/types/chunk_record/seq/2")
             self.mask_codec = KaitaiStream.resolve_enum(Nps.MaskCodec, self._io.read_u1())
             _ = self.mask_codec
-            if not (_ == Nps.MaskCodec.parameters if self.is_parameters else (_ == Nps.MaskCodec.drawn if self.tensor.is_signs else ( ((_ == Nps.MaskCodec.full) and (self.nnz == self.elements))  if self.tensor.has_parameters else (_ == Nps.MaskCodec.empty if self.nnz == 0 else (_ == Nps.MaskCodec.full if self.nnz == self.elements else  ((_ == Nps.MaskCodec.bitmask) or (_ == Nps.MaskCodec.gap8) or (_ == Nps.MaskCodec.gap16)) ))))):
+            if not (_ == Nps.MaskCodec.parameters if self.is_parameters else (_ == Nps.MaskCodec.drawn if self.tensor.is_signs else (_ == (Nps.MaskCodec.empty if self.nnz == 0 else Nps.MaskCodec.coded) if self.tensor.is_grid else ( ((_ == Nps.MaskCodec.full) and (self.nnz == self.elements))  if self.tensor.has_parameters else (_ == Nps.MaskCodec.empty if self.nnz == 0 else (_ == Nps.MaskCodec.full if self.nnz == self.elements else  ((_ == Nps.MaskCodec.bitmask) or (_ == Nps.MaskCodec.gap8) or (_ == Nps.MaskCodec.gap16)) )))))):
                 raise kaitaistruct.ValidationExprError(self.mask_codec, self._io, u"/types/chunk_record/seq/3")
             self.check_full = self._io.read_bytes(0)
             _ = self.check_full
             if not  ((self.tensor.op != Nps.Op.new) or (self.mask_codec == Nps.MaskCodec.full)) :
                 raise kaitaistruct.ValidationExprError(self.check_full, self._io, u"/types/chunk_record/seq/4")
             self.mask_compressed = self._io.read_u1()
-            if not self.mask_compressed <= 1:
-                raise kaitaistruct.ValidationGreaterThanError(1, self.mask_compressed, self._io, u"/types/chunk_record/seq/5")
+            if not self.mask_compressed <= (0 if self.mask_codec == Nps.MaskCodec.coded else 1):
+                raise kaitaistruct.ValidationGreaterThanError((0 if self.mask_codec == Nps.MaskCodec.coded else 1), self.mask_compressed, self._io, u"/types/chunk_record/seq/5")
             self.planes_compressed = self._io.read_u1()
-            if not self.planes_compressed <= (0 if self.tensor.is_signs else (1 << self.planes) - 1):
-                raise kaitaistruct.ValidationGreaterThanError((0 if self.tensor.is_signs else (1 << self.planes) - 1), self.planes_compressed, self._io, u"/types/chunk_record/seq/6")
+            if not self.planes_compressed <= (0 if self.tensor.has_bits else (1 << self.planes) - 1):
+                raise kaitaistruct.ValidationGreaterThanError((0 if self.tensor.has_bits else (1 << self.planes) - 1), self.planes_compressed, self._io, u"/types/chunk_record/seq/6")
             self.reserved = self._io.read_bytes(1)
             if not self.reserved == b"\x00":
                 raise kaitaistruct.ValidationNotEqualError(b"\x00", self.reserved, self._io, u"/types/chunk_record/seq/7")
             self.check_mask_raw_bytes = self._io.read_bytes(0)
             _ = self.check_mask_raw_bytes
-            if not (( ((self.mask_raw_bytes >= self.exponents + 32) and (self.mask_raw_bytes <= (self.exponents + 16) + 16 * 64) and ((self.mask_raw_bytes - self.exponents) % 16 == 0))  if self.tensor.is_signs else self.mask_raw_bytes == 2) if self.is_parameters else (self.mask_raw_bytes == (self.elements + 7) // 8 if self.mask_codec == Nps.MaskCodec.bitmask else ( ((self.mask_raw_bytes >= self.nnz) and (self.mask_raw_bytes <= self.nnz + (self.elements - self.nnz) // 255))  if self.mask_codec == Nps.MaskCodec.gap8 else ( ((self.mask_raw_bytes % 2 == 0) and (self.mask_raw_bytes >= 2 * self.nnz) and (self.mask_raw_bytes <= 2 * (self.nnz + (self.elements - self.nnz) // 65535)))  if self.mask_codec == Nps.MaskCodec.gap16 else self.mask_raw_bytes == 0)))):
+            if not (( ((self.mask_raw_bytes >= self.exponents + 32) and (self.mask_raw_bytes <= (self.exponents + 16) + 16 * 64) and ((self.mask_raw_bytes - self.exponents) % 16 == 0))  if self.tensor.is_signs else (self.mask_raw_bytes == self.exponents + 16 if self.tensor.is_grid else self.mask_raw_bytes == 2)) if self.is_parameters else (self.mask_raw_bytes == (self.elements + 7) // 8 if self.mask_codec == Nps.MaskCodec.bitmask else ( ((self.mask_raw_bytes >= self.nnz) and (self.mask_raw_bytes <= self.nnz + (self.elements - self.nnz) // 255))  if self.mask_codec == Nps.MaskCodec.gap8 else ( ((self.mask_raw_bytes % 2 == 0) and (self.mask_raw_bytes >= 2 * self.nnz) and (self.mask_raw_bytes <= 2 * (self.nnz + (self.elements - self.nnz) // 65535)))  if self.mask_codec == Nps.MaskCodec.gap16 else ( ((self.mask_raw_bytes % 4 == 0) and (self.mask_raw_bytes >= 8) and (self.mask_raw_bytes <= 8 + 60 * self.elements))  if self.mask_codec == Nps.MaskCodec.coded else self.mask_raw_bytes == 0))))):
                 raise kaitaistruct.ValidationExprError(self.check_mask_raw_bytes, self._io, u"/types/chunk_record/seq/8")
             self.check_mask_stored_bytes = self._io.read_bytes(0)
             _ = self.check_mask_stored_bytes
@@ -349,12 +384,12 @@ class Nps(KaitaiStruct):
             if hasattr(self, '_m_end_raw_bytes'):
                 return self._m_end_raw_bytes
 
-            self._m_end_raw_bytes = (self.raw_bytes + self.mask_raw_bytes) + self.planes * self.plane_raw_bytes
+            self._m_end_raw_bytes = ((self.raw_bytes + self.mask_raw_bytes) + self.planes * self.plane_raw_bytes) + self.work
             return getattr(self, '_m_end_raw_bytes', None)
 
         @property
         def exponents(self):
-            """Number of exponents among the parameters of signs, of one byte each."""
+            """Number of exponents among the parameters of signs or of a grid, of one byte each."""
             if hasattr(self, '_m_exponents'):
                 return self._m_exponents
 
@@ -375,7 +410,7 @@ class Nps(KaitaiStruct):
             if hasattr(self, '_m_plane_raw_bytes'):
                 return self._m_plane_raw_bytes
 
-            self._m_plane_raw_bytes = ((self.nnz + 7) // 8 if self.tensor.is_signs else self.nnz)
+            self._m_plane_raw_bytes = ((self.nnz + 7) // 8 if self.tensor.has_bits else self.nnz)
             return getattr(self, '_m_plane_raw_bytes', None)
 
         @property
@@ -386,6 +421,15 @@ class Nps(KaitaiStruct):
 
             self._m_planes = (0 if self.is_parameters else (1 if self.tensor.has_parameters else self.tensor.width))
             return getattr(self, '_m_planes', None)
+
+        @property
+        def work(self):
+            """What finding out which elements are kept counts as, in bytes."""
+            if hasattr(self, '_m_work'):
+                return self._m_work
+
+            self._m_work = (self.elements // 32 if self.mask_codec == Nps.MaskCodec.drawn else (self.elements // 8 + 4 * self.nnz if self.mask_codec == Nps.MaskCodec.coded else 0))
+            return getattr(self, '_m_work', None)
 
 
     class ChunkRecords(KaitaiStruct):
@@ -503,6 +547,69 @@ class Nps(KaitaiStruct):
             return getattr(self, '_m_end_nonzero', None)
 
 
+    class Exponents(KaitaiStruct):
+        """Of the rows and columns of a tensor. They are in half octaves: an exponent e stands for the
+        factor 2^(e / 2).
+
+        .. seealso::
+           format_spec/SPEC.md, section 3.9: Chunks of signs, levels and grids
+        """
+        def __init__(self, record, _io, _parent=None, _root=None):
+            super(Nps.Exponents, self).__init__(_io)
+            self._parent = _parent
+            self._root = _root
+            self.record = record
+            self._read()
+
+        def _read(self):
+            self.size_rows = []
+            for i in range(self.record.tensor.rows):
+                self.size_rows.append(self._io.read_s1())
+                _ = self.size_rows[i]
+                if not  ((_ == -128) or ( ((_ >= -60) and (_ <= 60)) )) :
+                    raise kaitaistruct.ValidationExprError(self.size_rows[i], self._io, u"/types/exponents/seq/0")
+
+            self.size_columns = []
+            for i in range(self.record.tensor.columns):
+                self.size_columns.append(self._io.read_s1())
+                _ = self.size_columns[i]
+                if not  ((_ == -128) or ( ((_ >= -60) and (_ <= 60)) )) :
+                    raise kaitaistruct.ValidationExprError(self.size_columns[i], self._io, u"/types/exponents/seq/1")
+
+            self.importance_rows = []
+            for i in range(self.record.tensor.rows):
+                self.importance_rows.append(self._io.read_s1())
+                if not self.importance_rows[i] >= -60:
+                    raise kaitaistruct.ValidationLessThanError(-60, self.importance_rows[i], self._io, u"/types/exponents/seq/2")
+                if not self.importance_rows[i] <= 60:
+                    raise kaitaistruct.ValidationGreaterThanError(60, self.importance_rows[i], self._io, u"/types/exponents/seq/2")
+
+            self.importance_columns = []
+            for i in range(self.record.tensor.columns):
+                self.importance_columns.append(self._io.read_s1())
+                if not self.importance_columns[i] >= -60:
+                    raise kaitaistruct.ValidationLessThanError(-60, self.importance_columns[i], self._io, u"/types/exponents/seq/3")
+                if not self.importance_columns[i] <= 60:
+                    raise kaitaistruct.ValidationGreaterThanError(60, self.importance_columns[i], self._io, u"/types/exponents/seq/3")
+
+
+
+        def _fetch_instances(self):
+            pass
+            for i in range(len(self.size_rows)):
+                pass
+
+            for i in range(len(self.size_columns)):
+                pass
+
+            for i in range(len(self.importance_rows)):
+                pass
+
+            for i in range(len(self.importance_columns)):
+                pass
+
+
+
     class FileName(KaitaiStruct):
         """A file's name, of the form `[A-Za-z0-9][A-Za-z0-9._-]{0,127}`. Never a path.
 
@@ -616,6 +723,36 @@ class Nps(KaitaiStruct):
 
         def _fetch_instances(self):
             pass
+
+
+    class GridParameters(KaitaiStruct):
+        """What one step of a change is worth, and in which contexts magnitudes are coded.
+
+        .. seealso::
+           format_spec/SPEC.md, section 6: Value codecs
+        """
+        def __init__(self, record, _io, _parent=None, _root=None):
+            super(Nps.GridParameters, self).__init__(_io)
+            self._parent = _parent
+            self._root = _root
+            self.record = record
+            self._read()
+
+        def _read(self):
+            self.step = self._io.read_f8le()
+            _ = self.step
+            if not  ((_ > 0) and (_ <= 1.7976931348623157E+308)) :
+                raise kaitaistruct.ValidationExprError(self.step, self._io, u"/types/grid_parameters/seq/0")
+            self.first = self._io.read_s2le()
+            self.reserved = self._io.read_bytes(6)
+            if not self.reserved == b"\x00\x00\x00\x00\x00\x00":
+                raise kaitaistruct.ValidationNotEqualError(b"\x00\x00\x00\x00\x00\x00", self.reserved, self._io, u"/types/grid_parameters/seq/2")
+            self.exponents = Nps.Exponents(self.record, self._io, self, self._root)
+
+
+        def _fetch_instances(self):
+            pass
+            self.exponents._fetch_instances()
 
 
     class Header(KaitaiStruct):
@@ -812,7 +949,7 @@ class Nps(KaitaiStruct):
 
         @property
         def end_tensor_raw_bytes(self):
-            """Sum of the raw sizes of all masks and planes of all tensors."""
+            """Sum of the raw sizes of all masks and planes of all tensors, and work."""
             if hasattr(self, '_m_end_tensor_raw_bytes'):
                 return self._m_end_tensor_raw_bytes
 
@@ -1010,8 +1147,7 @@ class Nps(KaitaiStruct):
 
 
     class SignsParameters(KaitaiStruct):
-        """Which elements are drawn, and how large their changes are. Exponents are in half octaves: an
-        exponent e stands for the factor 2^(e / 2).
+        """Which elements are drawn, and how large their changes are.
 
         .. seealso::
            format_spec/SPEC.md, section 6: Value codecs
@@ -1043,36 +1179,7 @@ class Nps(KaitaiStruct):
             for i in range(self.num_subspaces):
                 self.subspaces.append(Nps.Subspace(i, (-32768 if i == 0 else self.subspaces[i - 1].first), self._io, self, self._root))
 
-            self.size_rows = []
-            for i in range(self.record.tensor.rows):
-                self.size_rows.append(self._io.read_s1())
-                _ = self.size_rows[i]
-                if not  ((_ == -128) or ( ((_ >= -60) and (_ <= 60)) )) :
-                    raise kaitaistruct.ValidationExprError(self.size_rows[i], self._io, u"/types/signs_parameters/seq/6")
-
-            self.size_columns = []
-            for i in range(self.record.tensor.columns):
-                self.size_columns.append(self._io.read_s1())
-                _ = self.size_columns[i]
-                if not  ((_ == -128) or ( ((_ >= -60) and (_ <= 60)) )) :
-                    raise kaitaistruct.ValidationExprError(self.size_columns[i], self._io, u"/types/signs_parameters/seq/7")
-
-            self.importance_rows = []
-            for i in range(self.record.tensor.rows):
-                self.importance_rows.append(self._io.read_s1())
-                if not self.importance_rows[i] >= -60:
-                    raise kaitaistruct.ValidationLessThanError(-60, self.importance_rows[i], self._io, u"/types/signs_parameters/seq/8")
-                if not self.importance_rows[i] <= 60:
-                    raise kaitaistruct.ValidationGreaterThanError(60, self.importance_rows[i], self._io, u"/types/signs_parameters/seq/8")
-
-            self.importance_columns = []
-            for i in range(self.record.tensor.columns):
-                self.importance_columns.append(self._io.read_s1())
-                if not self.importance_columns[i] >= -60:
-                    raise kaitaistruct.ValidationLessThanError(-60, self.importance_columns[i], self._io, u"/types/signs_parameters/seq/9")
-                if not self.importance_columns[i] <= 60:
-                    raise kaitaistruct.ValidationGreaterThanError(60, self.importance_columns[i], self._io, u"/types/signs_parameters/seq/9")
-
+            self.exponents = Nps.Exponents(self.record, self._io, self, self._root)
 
 
         def _fetch_instances(self):
@@ -1081,18 +1188,7 @@ class Nps(KaitaiStruct):
                 pass
                 self.subspaces[i]._fetch_instances()
 
-            for i in range(len(self.size_rows)):
-                pass
-
-            for i in range(len(self.size_columns)):
-                pass
-
-            for i in range(len(self.importance_rows)):
-                pass
-
-            for i in range(len(self.importance_columns)):
-                pass
-
+            self.exponents._fetch_instances()
             _ = self.gain_bits
             if hasattr(self, '_m_gain_bits'):
                 pass
@@ -1181,7 +1277,7 @@ class Nps(KaitaiStruct):
                 raise kaitaistruct.ValidationExprError(self.op, self._io, u"/types/tensor_record/seq/3")
             self.value_codec = KaitaiStream.resolve_enum(Nps.ValueCodec, self._io.read_u1())
             _ = self.value_codec
-            if not (_ == Nps.ValueCodec.none if self.op == Nps.Op.copy else (_ == Nps.ValueCodec.replace if self.op == Nps.Op.new else  ((_ == Nps.ValueCodec.replace) or (_ == Nps.ValueCodec.xor) or ( ((_ == Nps.ValueCodec.ulp) and ( ((self.dtype == Nps.Dtype.f16) or (self.dtype == Nps.Dtype.bf16) or (self.dtype == Nps.Dtype.f32) or (self.dtype == Nps.Dtype.f64)) )) ) or ( (( ((_ == Nps.ValueCodec.signs) or (_ == Nps.ValueCodec.levels)) ) and ( ((self.dtype == Nps.Dtype.f16) or (self.dtype == Nps.Dtype.bf16) or (self.dtype == Nps.Dtype.f32)) )) )) )):
+            if not (_ == Nps.ValueCodec.none if self.op == Nps.Op.copy else (_ == Nps.ValueCodec.replace if self.op == Nps.Op.new else  ((_ == Nps.ValueCodec.replace) or (_ == Nps.ValueCodec.xor) or ( ((_ == Nps.ValueCodec.ulp) and ( ((self.dtype == Nps.Dtype.f16) or (self.dtype == Nps.Dtype.bf16) or (self.dtype == Nps.Dtype.f32) or (self.dtype == Nps.Dtype.f64)) )) ) or ( (( ((_ == Nps.ValueCodec.signs) or (_ == Nps.ValueCodec.levels) or (_ == Nps.ValueCodec.grid)) ) and ( ((self.dtype == Nps.Dtype.f16) or (self.dtype == Nps.Dtype.bf16) or (self.dtype == Nps.Dtype.f32)) )) )) )):
                 raise kaitaistruct.ValidationExprError(self.value_codec, self._io, u"/types/tensor_record/seq/4")
             self.chunk_log2 = self._io.read_u1()
             _ = self.chunk_log2
@@ -1273,13 +1369,30 @@ class Nps(KaitaiStruct):
             return getattr(self, '_m_end_chunk', None)
 
         @property
+        def has_bits(self):
+            """Plane 0 holds a bit, which is a sign, for every kept element."""
+            if hasattr(self, '_m_has_bits'):
+                return self._m_has_bits
+
+            self._m_has_bits =  ((self.is_signs) or (self.is_grid))
+            return getattr(self, '_m_has_bits', None)
+
+        @property
         def has_parameters(self):
             """The first chunk holds parameters, no elements."""
             if hasattr(self, '_m_has_parameters'):
                 return self._m_has_parameters
 
-            self._m_has_parameters =  ((self.is_signs) or (self.value_codec == Nps.ValueCodec.levels))
+            self._m_has_parameters =  ((self.has_bits) or (self.value_codec == Nps.ValueCodec.levels))
             return getattr(self, '_m_has_parameters', None)
+
+        @property
+        def is_grid(self):
+            if hasattr(self, '_m_is_grid'):
+                return self._m_is_grid
+
+            self._m_is_grid = self.value_codec == Nps.ValueCodec.grid
+            return getattr(self, '_m_is_grid', None)
 
         @property
         def is_signs(self):

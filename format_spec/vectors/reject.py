@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from grids import (
+    LOWEST,
+    GridParameters,
+    coded_stream,
+    coded_words,
+    decisions_of,
+    grid,
+    grid_parameters,
+)
 from parts import (
     BITMASK,
+    CODED,
     DELTA,
     DRAWN,
     EMPTY,
     FULL,
     GAP8,
     GAP16,
+    GRID,
     LEVELS,
     MAGIC,
     NEW,
@@ -43,7 +54,7 @@ from parts import (
     side_file,
 )
 from signs import NEVER, Parameters, Subspace, levels, parameter_chunk, parameters, signs, weights
-from valid import VALID, expanding
+from valid import VALID, expanding, integers
 
 
 def good() -> File:
@@ -263,7 +274,7 @@ reject("R-COPY-digest", lambda f: assign(f.tensors[1], sha256=sha(b"")))
 for _what, _row, _codec in (
     ("none-for-delta", 0, NONE),
     ("unknown", 0, 4),
-    ("quantised", 0, 18),
+    ("quantised", 0, 19),
     ("copy", 1, REPLACE),
     ("new-none", 2, NONE),
     ("new-xor", 2, XOR),
@@ -411,7 +422,7 @@ reject(
     lambda f: (assign(f.tensors[0].chunks[0], nnz=2000), f.tensors[0].chunks.pop()),
 )
 first_chunk("C-NNZ-before-codec", nnz=1025, codec=5)
-reject("C-CODEC-before-new", lambda f: assign(f.tensors[2].chunks[0], codec=9))
+reject("C-CODEC-before-new", lambda f: assign(f.tensors[2].chunks[0], codec=10))
 reject(
     "C-NEW-before-flags",
     lambda f: assign(
@@ -604,7 +615,7 @@ def signs_chunk(name: str, number: int, **values: Any) -> None:
     with_signs(name, lambda f: assign(f.tensors[1].chunks[number], **values))
 
 
-for _codec, _code in (("signs", SIGNS), ("levels", LEVELS)):
+for _codec, _code in (("signs", SIGNS), ("levels", LEVELS), ("grid", GRID)):
     for _what, _dtype in (("f64", 16), ("i32", 7), ("c64", 17), ("u16", 4)):
         reject(
             f"R-VALUES-{_codec}-of-{_what}",
@@ -645,7 +656,7 @@ for _what, _codec in (("drawn", DRAWN), ("parameters", PARAMETERS)):
     )
 for _what, _codec in (
     *(("empty", EMPTY), ("full", FULL), ("bitmask", BITMASK), ("gap8", GAP8), ("gap16", GAP16)),
-    *(("reserved", 6), ("parameters", PARAMETERS), ("unknown", 9)),
+    *(("reserved", 6), ("parameters", PARAMETERS), ("coded", CODED), ("unknown", 10)),
 ):
     signs_chunk(f"C-CODEC-signs-{_what}", 1, codec=_codec)
 for _what, _codec in (("empty", EMPTY), ("full", FULL), ("bitmask", BITMASK), ("drawn", DRAWN)):
@@ -970,12 +981,378 @@ reject(
     lambda: VALID["signs-and-levels-of-nothing"](),
 )
 
+
+# -- grids ---------------------------------------------------------------------------------------
+
+
+def given_grid() -> GridParameters:
+    """A dozen contexts; a column has no code."""
+    return grid_parameters(
+        SHAPE,
+        2.0**-13,
+        -5,
+        size_rows=(0, 1, -3, 2),
+        size_columns=(1, 0, -2, NEVER, -1),
+        rows=(0, -1, 1),
+        columns=(2, 0, 0, -3),
+    )
+
+
+def good_grid() -> File:
+    """A tensor as a grid of four chunks: of many, no, one and some elements."""
+    bases = [base_tensor("grid", "BF16", [3, *SHAPE], weights("q", 3 * math.prod(SHAPE), "BF16"))]
+    given = replace(given_grid(), size_rows=[0, 1, -3], rows=[0, -1, 1])
+    for columns in (given.size_columns, given.columns):
+        columns.extend(columns * (SHAPE[0] - 1))
+    some = integers("grid")
+
+    def integer(position: int) -> int:
+        return (some(position), 0, int(position == 2056), some(position))[position // 1024]
+
+    file = File(base=bases, tensors=[grid("grid", bases, 0, given, integer)])
+    chunks = file.tensors[0].chunks
+    assert [chunk.nnz > 1 for chunk in chunks] == [False, True, False, False, True]
+    assert all(chunks[number].nnz % 8 for number in (1, 3, 4))
+    return file
+
+
+def with_grid(name: str, change: Callable[[File], Any]) -> None:
+    reject(name, change, good_grid)
+
+
+def grid_chunk(name: str, number: int, **values: Any) -> None:
+    """Chunk 0 holds the parameters, 1 and 4 are coded, 2 keeps nothing, 3 one element."""
+    with_grid(name, lambda f: assign(f.tensors[0].chunks[number], **values))
+
+
+with_grid("R-CHUNKLOG-grid", lambda f: assign(f.tensors[0], chunk_log2=9))
+with_grid("C-COUNT-grid-data", lambda f: f.tensors[0].chunks.pop())
+with_grid("C-COUNT-grid-more", lambda f: f.tensors[0].chunks.append(f.tensors[0].chunks[2]))
+reject(
+    "C-COUNT-grid-of-nothing",
+    lambda f: f.tensors[-1].chunks.clear(),
+    lambda: VALID["grid-of-nothing"](),
+)
+grid_chunk("C-NNZ-grid-parameters", 0, nnz=1)
+grid_chunk("C-NNZ-grid-over", 1, nnz=1025)
+grid_chunk("C-NNZ-grid-short-chunk", 4, nnz=3 * 1107 - 3 * 1024 + 1)
+
+first_chunk("C-CODEC-coded-in-ulp", codec=CODED)
+reject("C-CODEC-coded-in-new", lambda f: assign(f.tensors[2].chunks[0], codec=CODED))
+reject(
+    "C-CODEC-coded-of-nothing",
+    lambda f: assign(f.tensors[0].chunks[0], codec=CODED),
+    lambda: VALID["none-kept"](),
+)
+levels_chunk("C-CODEC-levels-coded", 1, codec=CODED)
+levels_chunk("C-CODEC-levels-parameters-coded", 0, codec=CODED)
+signs_chunk("C-CODEC-signs-parameters-coded", 0, codec=CODED)
+for _what, _codec in (
+    *(("empty", EMPTY), ("full", FULL), ("bitmask", BITMASK), ("gap8", GAP8), ("gap16", GAP16)),
+    *(("drawn", DRAWN), ("parameters", PARAMETERS), ("reserved", 6), ("unknown", 10)),
+):
+    grid_chunk(f"C-CODEC-grid-{_what}", 1, codec=_codec)
+for _what, _codec in (("empty", EMPTY), ("full", FULL), ("drawn", DRAWN), ("coded", CODED)):
+    grid_chunk(f"C-CODEC-grid-parameters-{_what}", 0, codec=_codec)
+for _what, _codec in (("bitmask", BITMASK), ("drawn", DRAWN), ("coded", CODED), ("full", FULL)):
+    grid_chunk(f"C-CODEC-grid-of-nothing-{_what}", 2, codec=_codec)
+grid_chunk("C-CODEC-grid-coded-without-any", 1, nnz=0, planes=[b"", b""])
+with_grid(
+    "C-CODEC-grid-full-of-all",
+    lambda f: assign(f.tensors[0].chunks[1], nnz=1024, codec=FULL, planes=[bytes(128), b""]),
+)
+with_grid("C-CODEC-grid-in-signs", lambda f: assign(f.tensors[0], codec=SIGNS))
+with_grid("C-CODEC-grid-in-levels", lambda f: assign(f.tensors[0], codec=LEVELS))
+with_signs("C-CODEC-signs-in-grid", lambda f: assign(f.tensors[1], codec=GRID))
+
+for _number, _what in enumerate(("parameters", "coded", "empty")):
+    grid_chunk(f"C-FLAGS-grid-{_what}-reserved", _number, reserved=1)
+    grid_chunk(f"C-FLAGS-grid-{_what}-mask", _number, mask_zstd=2)
+    grid_chunk(f"C-FLAGS-grid-{_what}-plane", _number, planes_zstd=1)
+    grid_chunk(f"C-FLAGS-grid-{_what}-second-plane", _number, planes_zstd=2)
+    grid_chunk(f"C-FLAGS-grid-{_what}-plane-past-width", _number, planes_zstd=4)
+grid_chunk("C-FLAGS-grid-mask-compressed", 1, mask_zstd=1)
+with_grid(
+    "C-FLAGS-grid-mask-smaller-as-a-frame",
+    lambda f: assign(f.tensors[0].chunks[1], mask_zstd=1, mask=frame(bytes(800)), mask_raw=800),
+)
+
+
+def grid_stream(name: str, stream: Callable[[File], bytes]) -> None:
+    """Another parameter stream, with its own size and digest."""
+
+    def change(file: File) -> None:
+        chunks = file.tensors[0].chunks
+        chunks[0] = parameter_chunk(stream(file), width=2)
+
+    with_grid(name, change)
+
+
+grid_stream("C-MASKSIZE-grid-parameters-less", lambda f: f.tensors[0].chunks[0].mask[:-1])
+grid_stream("C-MASKSIZE-grid-parameters-more", lambda f: f.tensors[0].chunks[0].mask + b"\0")
+grid_stream(
+    "C-MASKSIZE-grid-parameters-of-signs", lambda f: f.tensors[0].chunks[0].mask + bytes(16)
+)
+grid_stream("C-MASKSIZE-grid-parameters-of-levels", lambda f: b"\0\0")
+grid_stream("C-MASKSIZE-grid-parameters-nothing", lambda f: b"")
+for _size in (0, 4, 7, 9, 10, 11):
+    grid_chunk(f"C-MASKSIZE-grid-{_size}", 3, mask=bytes(_size), mask_raw=_size)
+grid_chunk("C-MASKSIZE-grid-over", 1, mask_raw=8 + 60 * 1024 + 4)
+grid_chunk("C-MASKSIZE-grid-most", 1, mask_raw=2**32 - 4)
+grid_chunk("C-MASKSIZE-grid-short-chunk-over", 4, mask_raw=8 + 60 * 249 + 4)
+grid_chunk("C-MASKSIZE-grid-empty", 2, mask_raw=8)
+
+grid_chunk("C-STORED-grid-parameters-raw", 0, mask_stored=199)
+grid_chunk("C-STORED-grid-parameters-not-smaller", 0, mask_zstd=1)
+grid_chunk("C-STORED-grid-parameters-plane", 0, planes=[b"\0", b""])
+grid_chunk("C-STORED-grid-mask-largest", 1, mask_raw=8 + 60 * 1024)
+grid_chunk("C-STORED-grid-mask-less", 4, mask_stored=8)
+grid_chunk("C-STORED-grid-empty-mask", 2, mask_stored=8)
+grid_chunk("C-STORED-grid-empty-mask-frame", 2, mask_zstd=1)
+grid_chunk("C-STORED-grid-empty-plane", 2, planes=[b"\0", b""])
+grid_chunk("C-STORED-grid-second-plane", 3, planes=[b"\0", b"\0"])
+grid_chunk("C-STORED-grid-last-plane", 3, sizes=[1] + [0] * 6 + [1])
+for _what, _size in (("less", 0), ("more", 2)):
+    grid_chunk(f"C-STORED-grid-plane-{_what}", 3, sizes=[_size, 0])
+
+
+def _expanding_codes(shape: list[int], kept: Sequence[int], stored: int) -> File:
+    """A tensor of which every chunk is coded. stored: bytes of its parameters."""
+    base = Base(b"w", 14, shape, b"")
+    chunk = Chunk(bytes(stored), 16 + 2 * sum(shape), 0, PARAMETERS, 1, [b"", b""], 0)
+    coded = [Chunk(bytes(8), 8, nnz, CODED, 0, [b"\0", b""], 0) for nnz in kept]
+    return File([base], [Entry(b"w", 14, shape, DELTA, GRID, 24, 0, b"", [chunk, *coded])])
+
+
+# 2^29 elements count as 64 MiB; with the parameters that is too much.
+reject(
+    "C-EXPANSION-grid-codes", lambda f: None, lambda: _expanding_codes([2**16, 2**13], [1] * 32, 8)
+)
+# 2 bytes too much, of which each of 181 elements that are kept counts as 4.
+reject(
+    "C-EXPANSION-grid-kept",
+    lambda f: None,
+    lambda: _expanding_codes([2**16 - 1, 2**13], [8] * 21 + [3] + [1] * 10, 64),
+)
+
+
+def parameter_fault(name: str, **values: Any) -> None:
+    def stream(file: File) -> bytes:
+        raw = file.tensors[0].chunks[0].mask
+        head = {"step": 2.0**-13, "first": -5, "reserved": 0, "more": 0, **values}
+        return struct.pack("<dhHI", *head.values()) + raw[16:]
+
+    grid_stream(name, stream)
+
+
+for _what, _number in {
+    "0": 0.0,
+    "minus-0": -0.0,
+    "negative": -1.0,
+    "infinite": INF,
+    "minus-infinite": -INF,
+    "nan": NAN,
+}.items():
+    parameter_fault(f"P-PARAMETERS-grid-step-{_what}", step=_number)
+parameter_fault("P-PARAMETERS-grid-reserved", reserved=1)
+parameter_fault("P-PARAMETERS-grid-reserved-high-byte", reserved=0x8000)
+parameter_fault("P-PARAMETERS-grid-more-reserved", more=1)
+parameter_fault("P-PARAMETERS-grid-more-reserved-high-byte", more=1 << 31)
+for _what, _place in (
+    *(("size-row", 16), ("size-column", 19 + math.prod(SHAPE) - 1)),
+    *(("row", 19 + math.prod(SHAPE) + 2), ("column", 15 + 2 * (3 + math.prod(SHAPE)))),
+):
+    for _exponent in (61, -61, 127, -127, *(() if _what.startswith("size") else (NEVER,))):
+        _text = str(_exponent).replace("-", "minus-")
+        grid_stream(
+            f"P-PARAMETERS-grid-{_what}-{_text}",
+            lambda f, at=_place, e=_exponent: (
+                f.tensors[0].chunks[0].mask[:at]
+                + struct.pack("<b", e)
+                + f.tensors[0].chunks[0].mask[at + 1 :]
+            ),
+        )
+reject(
+    "P-PARAMETERS-grid-of-nothing",
+    lambda f: assign(
+        f.tensors[0],
+        chunks=[parameter_chunk(grid_parameters([0], math.nan).stream(), width=2)],
+    ),
+    lambda: VALID["grid-of-nothing"](),
+)
+with_grid(
+    "P-ZSTD-grid-parameters",
+    lambda f: assign(
+        f.tensors[0].chunks[0],
+        mask=frame(f.tensors[0].chunks[0].mask[:16] + bytes(2220))[:-1],
+        mask_zstd=1,
+    ),
+)
+
+
+def coded(file: File, number: int) -> list[tuple[int, int]]:
+    """Magnitudes and contexts of a chunk of ``good_grid``."""
+    given = replace(given_grid(), size_rows=[0, 1, -3], rows=[0, -1, 1])
+    for columns in (given.size_columns, given.columns):
+        columns.extend(columns * (SHAPE[0] - 1))
+    some, start = integers("grid"), (number - 1) * 1024
+    stop = min(start + 1024, 3 * math.prod(SHAPE))
+    contexts = {p: given.context(p) for p in range(start, stop)}
+    found = [(abs(some(p)), c) for p, c in contexts.items() if c is not None]
+    assert coded_stream(found) == file.tensors[0].chunks[number].mask
+    return found
+
+
+def coded_as(
+    name: str, number: int, made: Callable[[list[tuple[int, int]]], bytes], **values: Any
+) -> None:
+    """The magnitudes of a chunk, as another stream."""
+
+    def change(file: File) -> None:
+        stream = made(coded(file, number))
+        assign(file.tensors[0].chunks[number], mask=stream, mask_raw=len(stream), **values)
+
+    with_grid(name, change)
+
+
+def words(numbers: Sequence[int]) -> bytes:
+    return b"".join(little(number, 4) for number in numbers)
+
+
+for _what, _state in (("one-more", LOWEST + 1), ("a-word-more", 2 * LOWEST), ("most", 2**64 - 1)):
+    coded_as(f"P-CODE-ends-in-another-state-{_what}", 4, lambda m, x=_state: coded_stream(m, x))
+for _number in (1, 4):
+    coded_as(f"P-CODE-word-missing-{_number}", _number, lambda m: coded_stream(m)[:-4])
+    coded_as(f"P-CODE-word-left-{_number}", _number, lambda m: coded_stream(m) + bytes(4))
+    coded_as(
+        f"P-CODE-begins-too-low-{_number}",
+        _number,
+        lambda m: coded_stream(m)[:4] + bytes(4) + coded_stream(m)[8:],
+    )
+coded_as("P-CODE-two-words-left", 4, lambda m: coded_stream(m) + words([5, 6]))
+coded_as("P-CODE-more-than-half-missing", 4, lambda m: coded_stream(m)[:40])
+coded_as("P-CODE-no-words-after-the-first", 4, lambda m: coded_stream(m)[:8])
+coded_as(
+    "P-CODE-missing-in-the-last-decision",
+    4,
+    lambda m: words(coded_words(decisions_of(m)[:-1], 65536 // 2)),
+)
+grid_chunk("P-CODE-zeros", 3, mask=bytes(8), mask_raw=8)
+grid_chunk("P-CODE-one-element", 3, mask=words([0, 1]), mask_raw=8)
+
+
+def other_integers(name: str, count: Callable[[int], int], number: int = 4, last: int = 0) -> None:
+    """Another nnz, and the plane that it asks for. last: set in its last byte."""
+
+    def change(file: File) -> None:
+        chunk = file.tensors[0].chunks[number]
+        nnz = count(chunk.nnz)
+        size = -(-nnz // 8)
+        plane = bytearray((chunk.planes[0] + bytes(size))[:size])
+        if nnz % 8:
+            plane[-1] &= (1 << nnz % 8) - 1
+        plane[-1] |= last
+        assign(chunk, nnz=nnz, planes=[bytes(plane), b""])
+
+    with_grid(name, change)
+
+
+other_integers("P-POPCOUNT-grid-one-less", lambda nnz: nnz - 1)
+other_integers("P-POPCOUNT-grid-one-more", lambda nnz: nnz + 1)
+other_integers("P-POPCOUNT-grid-one", lambda nnz: 1)
+other_integers("P-POPCOUNT-grid-all", lambda nnz: 249)
+other_integers("P-POPCOUNT-grid-one-less-in-the-first", lambda nnz: nnz - 1, 1)
+other_integers("P-POPCOUNT-grid-two-of-one", lambda nnz: 2, 3)
+other_integers("P-TAIL-grid-last-bit", lambda nnz: nnz, last=0x80)
+other_integers("P-TAIL-grid-of-one", lambda nnz: nnz, 3, last=2)
+coded_as("P-POPCOUNT-grid-nothing", 4, lambda m: coded_stream([(0, c) for _, c in m]))
+coded_as("P-POPCOUNT-grid-everything", 4, lambda m: coded_stream([(1, c) for _, c in m]))
+
+# Two faults
+coded_as(
+    "P-CODE-before-popcount-too-low",
+    4,
+    lambda m: coded_stream(m)[:4] + bytes(4) + coded_stream(m)[8:],
+    nnz=249,
+    planes=[bytes(32), b""],
+)
+coded_as(
+    "P-POPCOUNT-before-word-missing",
+    4,
+    lambda m: coded_stream(m)[:-4],
+    nnz=1,
+    planes=[b"\0", b""],
+)
+coded_as(
+    "P-CODE-word-missing-before-too-few",
+    4,
+    lambda m: coded_stream(m)[:-4],
+    nnz=249,
+    planes=[bytes(32), b""],
+)
+coded_as(
+    "P-POPCOUNT-too-few-before-the-end",
+    4,
+    lambda m: coded_stream(m) + bytes(4),
+    nnz=249,
+    planes=[bytes(32), b""],
+)
+coded_as(
+    "P-POPCOUNT-too-few-before-the-state",
+    4,
+    lambda m: coded_stream(m, LOWEST + 7),
+    nnz=249,
+    planes=[bytes(32), b""],
+)
+
+
+def _end_and_tail(file: File) -> None:
+    chunk = file.tensors[0].chunks[3]
+    stream = chunk.mask + bytes(4)
+    assign(chunk, mask=stream, mask_raw=len(stream), planes=[b"\2", b""])
+
+
+with_grid("P-CODE-before-tail", _end_and_tail)
+other_integers("P-POPCOUNT-grid-before-tail", lambda nnz: nnz - 1, last=0x80)
+with_grid(
+    "P-PARAMETERS-grid-before-data",
+    lambda f: (
+        f.tensors[0].chunks.__setitem__(
+            0, parameter_chunk(b"\0" * 8 + f.tensors[0].chunks[0].mask[8:], width=2)
+        ),
+        assign(f.tensors[0].chunks[1], digest=bytes(8)),
+    ),
+)
+grid_chunk("P-DIGEST-grid-parameters", 0, digest=bytes(8))
+grid_chunk("P-DIGEST-grid", 1, digest=bytes(8))
+grid_chunk("P-DIGEST-grid-empty", 2, digest=bytes(8))
+grid_chunk("P-DIGEST-grid-before-code", 3, digest=bytes(8), mask=bytes(8), mask_raw=8)
+with_grid(
+    "C-PADDING-grid",
+    lambda f: assign(
+        f.tensors[0].chunks[1], padding=b"\1" * (-len(f.tensors[0].chunks[1].data) % 8)
+    ),
+)
+
+
+def _other_sign(file: File) -> None:
+    chunk = file.tensors[0].chunks[1]
+    assign(chunk, planes=[bytes([chunk.planes[0][0] ^ 1]) + chunk.planes[0][1:], b""])
+
+
+with_grid("D-DIGEST-grid", _other_sign)
+grid_chunk("C-NNZ-grid-before-codec", 1, nnz=1025, codec=FULL)
+grid_chunk("C-CODEC-grid-before-flags", 1, codec=EMPTY, mask_zstd=1)
+grid_chunk("C-FLAGS-grid-before-masksize", 1, mask_zstd=1, mask_raw=5)
+grid_chunk("C-MASKSIZE-grid-before-stored", 1, mask_raw=5, sizes=[9, 9])
+
 # Digests of deltas can only be compared beside the base.
 BESIDE: dict[str, Callable[[], File]] = {
     "D-DIGEST-delta": good,
     "D-DIGEST-signs": good_signs,
     "D-DIGEST-levels": good_signs,
     "D-DIGEST-signs-of-nothing": lambda: VALID["signs-and-levels-of-nothing"](),
+    "D-DIGEST-grid": good_grid,
 }
 
 # The right file beside another base: name, and what is done to the base of ``good``.

@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
 
+from grids import GridParameters, grid, grid_parameters
 from parts import (
     BITMASK,
+    CODED,
     DTYPES,
     EMPTY,
     FLOATS,
@@ -827,6 +830,375 @@ def levels_words_that_stay() -> File:
             tensors.append(levels(name, bases, index, exponent, steps, compress=True))
     tensors.sort(key=lambda tensor: tensor.name)
     return File(base=bases, tensors=tensors)
+
+
+# -- grids ---------------------------------------------------------------------------------------
+
+
+def integers(seed: str, sizes: Sequence[int] = (0, 0, 0, 1, 1, 2, 3)) -> Callable[[int], int]:
+    """Integers by position, of either sign; how many bits they have is drawn from ``sizes``."""
+
+    def integer(position: int) -> int:
+        source = random.Random(f"{seed} {position}")
+        size = sizes[source.getrandbits(16) % len(sizes)]
+        magnitude = (1 << size - 1) + source.getrandbits(size - 1) if size else 0
+        return -magnitude if source.getrandbits(1) else magnitude
+
+    return integer
+
+
+def some_grid(shape: list[int], step: float = 2.0**-13) -> GridParameters:
+    """Small changes in a dozen contexts, those of three rows and a column without code."""
+    return grid_parameters(
+        shape,
+        step,
+        -5,
+        size_rows=(0, 1, -3, 2, NEVER),
+        size_columns=(1, 0, -2, 3, -1, 0, NEVER),
+        rows=(0, -1, 1),
+        columns=(2, 0, 0, -3),
+    )
+
+
+@valid
+def grid_of_each_dtype() -> File:
+    """Three chunks, a dozen contexts, a step that is no power of 2."""
+    shape = [70, 33]
+    file = stored_on(
+        lambda name, bases, i: grid(
+            name, bases, i, some_grid(shape, (1e-4, 1 / 3000, 0.01)[i]), integers(name)
+        ),
+        {dtype.lower(): (dtype, shape) for dtype in QUANTISED},
+    )
+    assert all(nnz > 60 for tensor in drawn(file) for nnz in tensor)
+    return file
+
+
+@valid
+def grid_of_each_rank() -> File:
+    shapes = {f"rank{len(shape)}": shape for shape in ([], [37], [5, 7], [3, 5, 7], [2, 1, 3, 6])}
+    shapes["rank8"] = [2, 1, 3, 1, 5, 1, 1, 2]
+    shapes["row"], shapes["column"] = [1, 41], [41, 1]
+    file = stored_on(
+        lambda name, bases, i: grid(
+            name,
+            bases,
+            i,
+            grid_parameters(shapes[name], 2.0**-9, rows=(0, 3), columns=(1, 0, 2)),
+            integers(name, (1, 0, 2)) if shapes[name] else lambda _: -1,
+        ),
+        {name: ("BF16", shape) for name, shape in sorted(shapes.items())},
+    )
+    assert all(sum(tensor) for tensor in drawn(file))
+    return file
+
+
+@valid
+def grid_every_magnitude() -> File:
+    """0 to 32767, in an order that is learned badly, with both signs."""
+    size = 1 << 15
+    file = stored_on(
+        lambda name, bases, i: grid(
+            name,
+            bases,
+            i,
+            grid_parameters([size], 2.0**-16),
+            lambda p: (p * 12345 + 6789) % size * (1 if p % 3 else -1),
+            chunk_log2=15,
+        ),
+        {"w": ("F16", [size])},
+    )
+    assert drawn(file) == [[size - 1]]
+    return file
+
+
+@valid
+def grid_edges_of_lengths() -> File:
+    """The least and largest magnitudes of every length, alone in their chunk or together."""
+    magnitudes = sorted({(1 << n) + more for n in range(1, 15) for more in (-1, 0, 1)} | {1, 32767})
+    together = [k for magnitude in magnitudes for k in (magnitude, -magnitude)]
+
+    def alone(position: int) -> int:
+        number, place = divmod(position, 1024)
+        return together[number] if place == (37 * number) % 1024 else 0
+
+    shapes = {"alone": [len(together), 1024], "together": [len(together)]}
+    file = stored_on(
+        lambda name, bases, i: grid(
+            name,
+            bases,
+            i,
+            grid_parameters(shapes[name], 2.0**-16),
+            alone if name == "alone" else lambda p: together[p],
+        ),
+        {name: ("BF16", shape) for name, shape in shapes.items()},
+    )
+    assert drawn(file) == [[1] * len(together), [len(together)]]
+    return file
+
+
+@valid
+def grid_contexts() -> File:
+    """First contexts at, below and above all there are, and far beyond; importance counts too."""
+    shape, rows, columns = [30, 26], (*range(-58, 61, 4),), (*range(-60, 44, 4),)
+    firsts = {"all": -32, "beyond": 32767, "far": -32768, "high": 40, "low": -100}
+    file = stored_on(
+        lambda name, bases, i: grid(
+            name,
+            bases,
+            i,
+            grid_parameters(
+                shape,
+                2.0**-30,
+                firsts[name],
+                size_rows=(0, 5),
+                size_columns=(0, 0, -3),
+                rows=[row // 2 for row in rows],
+                columns=[column // 2 for column in columns],
+            ),
+            integers("contexts", (0, 1, 1, 2, 4)),
+        ),
+        dict.fromkeys(firsts, ("F32", shape)),
+    )
+    sizes = [len(tensor.chunks[1].mask) for tensor in file.tensors]
+    assert len({tensor.data for tensor in file.tensors}) == 5  # bases differ
+    assert len(set(sizes)) > 2
+    return file
+
+
+@valid
+def grid_contexts_all_differ() -> File:
+    """64 contexts of different distributions, and elements beyond the first and the last one."""
+    shape = [70, 40]
+    file = stored_on(
+        lambda name, bases, i: grid(
+            name,
+            bases,
+            i,
+            grid_parameters(shape, 2.0**-20, -32, size_rows=[*range(-35, 35)], rows=(1, -1)),
+            lambda p: integers("differ", [*range(p // 40 // 8 + 1)])(p),
+            chunk_log2=12,
+        ),
+        {"w": ("F32", shape)},
+    )
+    assert len(file.tensors[0].chunks) == 2
+    return file
+
+
+@valid
+def grid_factors_of_0() -> File:
+    """Rows and columns whose size is 0: their elements have no code, whatever else is said."""
+    shape = [8, 33]
+    given = grid_parameters(
+        shape,
+        2.0**-9,
+        -60,
+        size_rows=(0, NEVER, 0, 60),
+        size_columns=(0, -60, NEVER, 0, 60),
+        rows=(60, 60, -60, 0),
+        columns=(60, 60, 60, -60, 0),
+    )
+    nothing = grid_parameters(shape, size_columns=(NEVER,), rows=(60,))
+    file = stored_on(
+        lambda name, bases, i: grid(
+            name, bases, i, given if name == "some" else nothing, lambda p: 1 - p % 3
+        ),
+        dict.fromkeys(("none", "some"), ("F32", shape)),
+    )
+    assert drawn(file)[0] == [0]
+    assert 50 < drawn(file)[1][0] < 6 * 27
+    return file
+
+
+@valid
+def grid_factors_that_are_extreme() -> File:
+    """All exponents the least or the largest: what is least has a code, unlike what is 0."""
+    shape = [4, 8]
+    file = stored_on(
+        lambda name, bases, i: grid(
+            name,
+            bases,
+            i,
+            grid_parameters(
+                shape,
+                2.0**-70 if name == "least" else 2.0**50,
+                -240 if name == "least" else 200,
+                size_rows=(-60, -60, 60, NEVER) if name == "least" else (60, 60, -60),
+                size_columns=(-60,) if name == "least" else (60,),
+                rows=(-60,) if name == "least" else (60,),
+                columns=(-60, -60, -59) if name == "least" else (60, 60, 59),
+            ),
+            lambda p: 2 - p % 3,
+        ),
+        dict.fromkeys(("largest", "least"), ("F32", shape)),
+    )
+    assert [sum(tensor) for tensor in drawn(file)] == [22, 16]
+    assert all(
+        tensor.data != base.data for tensor, base in zip(file.tensors, file.base, strict=True)
+    )
+    return file
+
+
+@valid
+def grid_chunks_of_nothing_and_of_all() -> File:
+    """Chunks of which nothing, one element, all but one and all elements are kept."""
+    shape = [9, 512]
+    kept = (lambda p: 0, lambda p: p == 1500, lambda p: 1, lambda p: p != 4000, lambda p: 0)
+    file = stored_on(
+        lambda name, bases, i: grid(
+            name,
+            bases,
+            i,
+            grid_parameters(shape, 2.0**-8),
+            lambda p: 0 if name == "none" else int(kept[p // 1024](p)) * (1 + p % 2),
+        ),
+        dict.fromkeys(("none", "some"), ("F16", shape)),
+    )
+    assert drawn(file) == [[0] * 5, [0, 1, 1024, 1023, 0]]
+    assert all(chunk.codec == CODED for chunk in file.tensors[1].chunks[2:5])
+    return file
+
+
+@valid
+def grid_learning() -> File:
+    """Runs so long that chances reach their ends, surprises after them, and all 512 rates."""
+    size = 1 << 14
+
+    def integer(position: int) -> int:
+        if position < 6000:
+            return 0
+        if position < 12000:
+            return -1
+        return (0, 1, 2, 3, 32767)[position % 5] if position < 16000 else 0
+
+    file = stored_on(
+        lambda name, bases, i: grid(
+            name, bases, i, grid_parameters([size], 2.0**-10), integer, chunk_log2=14
+        ),
+        {"w": ("BF16", [size])},
+    )
+    assert len(file.tensors[0].chunks[1].mask) < 6500
+    return file
+
+
+@valid
+def grid_steps_that_are_rounded() -> File:
+    """Steps with all bits of a float64, half octaves, and products with large integers."""
+    shape = [24, 11]
+    given = grid_parameters(
+        shape,
+        float.fromhex("0x1.b7e151628aed3p-12"),
+        -9,
+        rows=(1, -1, 0, 3, -4, -7),
+        columns=(5, 1, 0, -2),
+    )
+    return stored_on(
+        lambda name, bases, i: grid(name, bases, i, given, integers(name, (1, 2, 5, 9, 15))),
+        {dtype.lower(): (dtype, shape) for dtype in QUANTISED},
+    )
+
+
+@valid
+def grid_steps_out_of_range() -> File:
+    """Steps that are infinite, subnormal or 0 in float32; changes that are too large or small."""
+    shape = [6, 9]
+    steps = {"factor": 2.0**100, "huge": 1.7e308, "least": 5e-324, "little": 2.0**-140}
+    steps |= {"over": 2.0**128 - 2.0**103, "under": 2.0**-150}
+    rows = {"factor": (-60, 60), "little": (0, 3, -3), "under": (0, -1, -2)}
+    file = stored_on(
+        lambda name, bases, i: grid(
+            name,
+            bases,
+            i,
+            grid_parameters(shape, steps[name], rows=rows.get(name, (0,))),
+            lambda p: (1, -1, 2, -3, 300, -32767)[p % 6],
+        ),
+        dict.fromkeys(sorted(steps), ("F32", shape)),
+    )
+    small = file.base[3]
+    small.data = bytes(len(small.data))  # beside which subnormal changes count
+    file.tensors[3] = grid(
+        "little",
+        file.base,
+        3,
+        grid_parameters(shape, steps["little"], rows=rows["little"]),
+        lambda p: (1, -1, 2, -3, 300, -32767)[p % 6],
+    )
+    same = [tensor.data == file.base[i].data for i, tensor in enumerate(file.tensors)]
+    assert same == [False, True, True, False, True, True]
+    return file
+
+
+@valid
+def grid_words_that_stay() -> File:
+    """Sums that are the base's number, or no finite one; results that are subnormal or zero."""
+    integer = (1, -1, 2, -3, 255, -256, 2049, 32767, -32767)
+    exponents = (-120, -61, -49, -48, -24, -23, -16, -14, 0, 1, 11, 16, 31, 120)
+    bases, tensors = [], []
+    for index, dtype in enumerate(QUANTISED):
+        words = specials(dtype)
+        width, shape = len(words), [len(integer), len(words)]
+        bases.append(base_tensor(dtype.lower(), dtype, shape, words * len(integer)))
+        for exponent in exponents:
+            given = grid_parameters(shape, 2.0**exponent, rows=(0, 1))
+            name = f"{dtype.lower()}.{exponent:+04}"
+            every = lambda p, width=width: integer[p // width]  # noqa: E731
+            tensors.append(grid(name, bases, index, given, every))
+    tensors.sort(key=lambda tensor: tensor.name)
+    return File(base=bases, tensors=tensors)
+
+
+@valid
+def grid_parameters_compressed() -> File:
+    shape = [60, 20]
+    file = stored_on(
+        lambda name, bases, i: grid(
+            name,
+            bases,
+            i,
+            grid_parameters(shape, 2.0**-8),
+            integers(name),
+            compress=name == "zstd",
+        ),
+        dict.fromkeys(("raw", "zstd"), ("BF16", shape)),
+    )
+    assert [tensor.chunks[0].mask_zstd for tensor in file.tensors] == [0, 1]
+    return file
+
+
+@valid
+def grid_of_nothing() -> File:
+    """Empty tensors have their parameters, and nothing else."""
+    shapes = {"a": [0], "b": [0, 7], "c": [7, 0], "d": [2, 0, 3]}
+    file = stored_on(
+        lambda name, bases, i: grid(
+            name, bases, i, some_grid(shapes[name]), lambda p: 1, chunk_log2=24
+        ),
+        {
+            name: (dtype, shape)
+            for (name, shape), dtype in zip(shapes.items(), (*QUANTISED, "F32"), strict=True)
+        },
+    )
+    assert all(len(tensor.chunks) == 1 for tensor in file.tensors)
+    return file
+
+
+@valid
+def grid_beside_others() -> File:
+    """Several tensors of one base tensor, in all lossy codecs and several chunk sizes."""
+    shape, words = [30, 70], weights("beside", 2100, "BF16")
+    bases = [base_tensor("w", "BF16", shape, words)]
+    given, integer = some_grid(shape), integers("beside")
+    tensors = [
+        copy("copy", bases, 0),
+        *(grid(f"grid.{n}", bases, 0, given, integer, chunk_log2=n) for n in (10, 11, 24)),
+        levels("levels", bases, 0, -21, [i % 7 - 3 for i in range(2100)]),
+        new("new", "BF16", [3], [1, 2, 3]),
+        signs("signs", bases, 0, some_signs(shape)),
+        delta("ulp", bases, 0, {7: words[7] ^ 1, 2099: 0}, codec=ULP),
+    ]
+    assert len({tensor.data for tensor in tensors[1:4]}) == 1
+    return File(base=bases, tensors=tensors, files=[side_file("config.json", b"{}")])
 
 
 for _dtype in DTYPES:

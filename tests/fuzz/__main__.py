@@ -24,7 +24,7 @@ import atheris  # noqa: E402
 MEMORY_LIMIT = 3 << 30  # of address space, of which interpreter, numpy, LLVM and atheris map half
 
 if TARGET == "reader":  # numba can't compile what atheris has instrumented
-    importlib.import_module("nps_compress.codecs")
+    importlib.import_module("nps_compress.grid_codec")  # and all it imports
 with atheris.instrument_imports(include=["nps_compress", "minimal_reader", "targets"]):
     import numpy as np
 

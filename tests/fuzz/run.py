@@ -29,10 +29,14 @@ import zstandard
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+sys.path[:0] = [str(HERE), str(ROOT / "format_spec")]
+
+from targets import SEEDS  # noqa: E402
+
 WORK = ROOT / "fuzz-work"
 RESULTS = ROOT / "format_spec" / "fuzzing.csv"
 VECTORS = ROOT / "format_spec" / "vectors"
-TARGETS = ("reader", "masks", "zstd", "values")
+TARGETS = ("reader", "masks", "zstd", "values", "magnitudes", "quantised")
 MAX_LENGTH = 4096
 ROUND = 100  # seconds; instrumented code grows by about a kilobyte an input, so start anew
 FIELDS = (
@@ -54,6 +58,8 @@ def unpack_corpus(target: str) -> Path:
         for level, size in ((1, 20), (3, 300), (19, 3000)):
             frame = zstandard.ZstdCompressor(level).compress(bytes(range(10)) * (size // 10))
             (folder / f"level-{level}").write_bytes(size.to_bytes(2, "little") + frame)
+    for number, seed in enumerate(SEEDS[target]() if target in SEEDS else ()):
+        (folder / f"seed-{number}").write_bytes(seed)
     if target == "reader":
         for path in VECTORS.rglob("*.nps"):
             for flags in (0, 15):
