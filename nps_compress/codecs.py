@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import zstandard
 
-from nps_compress._jit import jit
 from nps_compress import ulp_coding
+from nps_compress._jit import jit
 from nps_compress.dtypes import PRUNABLE, DType, Words
 from nps_compress.errors import FormatError
 
@@ -75,7 +75,7 @@ class EncodedChunk:
     mask: bytes
     planes_compressed: int  # bit i set: plane i is a zstd frame
     planes: tuple[bytes, ...]  # least significant byte of each payload word first
-    examined: int = 0  # elements of which a reader must find out which are kept
+    work: int = 0  # what decoding takes beside undoing zstd, counted as bytes
 
     @property
     def data(self) -> bytes:
@@ -99,6 +99,29 @@ class EncodedChunk:
             for index, plane in enumerate(self.planes)
         )
         return EncodedChunk(self.nnz, self.mask_codec, self.mask_raw_bytes, False, mask, 0, planes)
+
+
+# -- work ---------------------------------------------------------------------------------------
+#
+# What a reader does for what is not stored as such counts as bytes of decoded streams, of which
+# the format allows so many for each byte of a file. All for ints and int64 arrays alike.
+
+DRAWN_PER_BYTE, CODED_PER_BYTE, BYTES_PER_CODED = 32, 8, 4
+
+
+def drawing_work(numel: Any) -> Any:
+    """Of drawing which of so many elements are kept."""
+    return numel // DRAWN_PER_BYTE
+
+
+def decoding_work(numel: Any, nnz: Any) -> Any:
+    """Of decoding so many magnitudes, of which ``nnz`` are not 0."""
+    return numel // CODED_PER_BYTE + BYTES_PER_CODED * nnz
+
+
+def distances_work(token_bytes: Any, itemsize: Any, nnz: Any) -> Any:
+    """Of decoding so many distances."""
+    return ulp_coding.table_work(token_bytes) + itemsize * nnz
 
 
 # -- zstd -------------------------------------------------------------------------------------
@@ -561,7 +584,10 @@ def encode_chunk(
         mask = encode_mask(positions, new.size, level)
         kept_base, kept_new = base[positions], new[positions]
     compressed, planes = _encode_values(codec, kept_base, kept_new, dtype, level)
-    return EncodedChunk(nnz, mask[0], mask[1], mask[3], mask[2], compressed, planes)
+    work = 0
+    if codec is ValueCodec.CODED_ULP and planes:
+        work = distances_work(len(planes[0]), dtype.itemsize, nnz)
+    return EncodedChunk(nnz, mask[0], mask[1], mask[3], mask[2], compressed, planes, work)
 
 
 def _encode_values(
@@ -582,7 +608,8 @@ def decode_distances(streams: Sequence[bytes], base: Words, dtype: DType) -> Byt
     Raises:
         FormatError: P-TABLE, P-CODE, P-TAIL.
     """
-    distances = ulp_coding.decode_distances(*streams, ulp_coding.exponents_of(base, dtype))
+    tokens, low = streams
+    distances = ulp_coding.decode_distances(tokens, low, ulp_coding.exponents_of(base, dtype))
     payload = (distances - np.uint32(1)).astype(dtype.word)
     return np.ascontiguousarray(payload.view(np.uint8).reshape(-1, dtype.itemsize).T)
 

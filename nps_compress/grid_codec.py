@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nps_compress._jit import jit
-from nps_compress.codecs import EncodedChunk, MaskCodec, Positions
+from nps_compress.codecs import EncodedChunk, MaskCodec, Positions, decoding_work
 from nps_compress.dtypes import DType, Words
 from nps_compress.entropy_coding import (
     CONTEXTS,
@@ -132,7 +132,14 @@ def encode_grid(parameters: GridParameters, start: int, levels: Levels) -> Encod
     stream = encode_magnitudes(np.abs(levels), contexts)
     minus = np.packbits(levels[positions] < 0, bitorder="little").tobytes()
     return EncodedChunk(
-        positions.size, MaskCodec.CODED, len(stream), False, stream, 0, (minus,), levels.size
+        positions.size,
+        MaskCodec.CODED,
+        len(stream),
+        False,
+        stream,
+        0,
+        (minus,),
+        decoding_work(levels.size, positions.size),
     )
 
 

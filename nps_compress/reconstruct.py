@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nps_compress._threads import workers
-from nps_compress.codecs import ValueCodec, apply_payload
+from nps_compress.codecs import ValueCodec, apply_payload, decode_distances
 from nps_compress.dtypes import Words, digest
 from nps_compress.errors import (
     BaseMismatchError,
@@ -21,7 +21,7 @@ from nps_compress.errors import (
     OutOfMemoryError,
 )
 from nps_compress.format.layout import Op
-from nps_compress.format.reader import NpsReader
+from nps_compress.format.reader import Chunk, NpsReader
 from nps_compress.format.records import TensorEntry, printable
 from nps_compress.grid_codec import GridParameters
 from nps_compress.sign_codec import SignParameters, add_changes, level_changes
@@ -126,7 +126,10 @@ class Task:
                 every = np.arange(chunk.numel, dtype=np.uint32)
                 add_changes(every, changes, before, after, dtype)
             else:
-                apply_payload(codec, chunk.planes, chunk.positions, before, after, dtype)
+                planes = chunk.planes
+                if codec is ValueCodec.CODED_ULP:
+                    codec, planes = ValueCodec.ULP, self._distances(entry, number, chunk, before)
+                apply_payload(codec, planes, chunk.positions, before, after, dtype)
 
         everything = range(entry.chunks)
         numbers = self.reader.chunks_to_read(entry) if in_place else everything
@@ -137,6 +140,19 @@ class Task:
             with ThreadPoolExecutor(threads) as pool:
                 list(pool.map(run, numbers))
         return out
+
+    def _distances(
+        self, entry: TensorEntry, number: int, chunk: Chunk, base: Words
+    ) -> npt.NDArray[np.uint8]:
+        """The planes of ULP of a chunk whose distances are coded. base: [numel] of the chunk."""
+        kept = base if chunk.positions is None else base[chunk.positions]
+        if not kept.size:
+            return np.empty((entry.dtype.itemsize, 0), np.uint8)
+        try:
+            return decode_distances(chunk.streams, kept, entry.dtype)
+        except FormatError as error:
+            detail = f"chunk {number} of {entry.name!r}: {error.detail}"
+            raise FormatError(error.rule, detail, self.reader.path) from None
 
     def matches(self, name: str, words: Words) -> bool:
         """Whether a rebuilt tensor has the digest that the file promises."""
@@ -176,7 +192,7 @@ class Task:
                 name,
                 f"is {found[0].name} {list(found[1])}, not {entry.dtype.name} {list(entry.shape)}",
             )
-        if base.is_cuda and entry.op is Op.DELTA and not entry.has_parameters:
+        if base.is_cuda and entry.op is Op.DELTA and entry.has_payload:
             from nps_compress.kernels.rebuild import rebuild as rebuild_on_device
 
             form = self.sparse_form(name, base.device)
@@ -224,12 +240,12 @@ class Task:
 
         Raises:
             FormatError: a chunk is damaged.
-            InvalidArgumentError: the tensor is stored as signs, levels or a grid.
+            InvalidArgumentError: the tensor is not stored by replace, xor or ulp.
         """
         from nps_compress.kernels.form import sparse_form
 
         entry = self.entry(name)
-        if entry.has_parameters:
+        if not entry.has_payload and entry.op is not Op.COPY:
             codec = entry.value_codec.name.lower()
             raise InvalidArgumentError("value codec", codec, "replace, xor or ulp")
         signed = np.dtype(f"<i{entry.dtype.itemsize}")

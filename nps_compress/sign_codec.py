@@ -23,6 +23,7 @@ from nps_compress.codecs import (
     MaskCodec,
     Positions,
     compress_if_smaller,
+    drawing_work,
 )
 from nps_compress.draws import LEVELS, short_draw
 from nps_compress.dtypes import DType, Words, round_float32, to_float32
@@ -188,7 +189,8 @@ def encode_signs(parameters: SignParameters, start: int, signed: Float32) -> Enc
     """Signs of what is kept of the changes from position ``start`` on. signed: [n]."""
     positions = parameters.drawn(start, start + signed.size)
     minus = np.packbits(signed[positions] < 0, bitorder="little").tobytes()
-    return EncodedChunk(positions.size, MaskCodec.DRAWN, 0, False, b"", 0, (minus,), signed.size)
+    work = drawing_work(signed.size)
+    return EncodedChunk(positions.size, MaskCodec.DRAWN, 0, False, b"", 0, (minus,), work)
 
 
 def decode_signs(stored: bytes, parameters: SignParameters, span: range, nnz: int) -> Signs:

@@ -50,6 +50,12 @@ def most_low_bytes(itemsize: Any, nnz: Any) -> Any:
     return -(-nnz * (8 * itemsize - 2) // 8)
 
 
+def table_work(token_bytes: Any) -> Any:
+    """What reading the shares counts as, in bytes: 512 for each context, of which there may be one
+    for every 5 bytes."""
+    return 512 * np.minimum(token_bytes // 5, MAX_CONTEXTS)
+
+
 def exponents_of(words: Words, dtype: DType) -> Exponents:
     """The exponent fields of F16, BF16 or F32 words. words: [n] -> [n]."""
     shifted = words >> dtype.word.type(MANTISSA_BITS[dtype.name])
@@ -108,7 +114,10 @@ def _merged(
 
 @jit
 def _normalised(counts):  # type: ignore[no-untyped-def]
-    """Shares that sum to 2^12 in each context, none of what occurs 0. [contexts, tokens]."""
+    """Shares that sum to 2^12 in each context, none of what occurs 0. [contexts, tokens].
+
+    None is over 7/8 either, so that no stream decodes to more than a file may hold for its bytes.
+    """
     whole = np.int64(1) << _SHARE_BITS
     shares = np.zeros_like(counts)
     for context in range(counts.shape[0]):
@@ -116,6 +125,11 @@ def _normalised(counts):  # type: ignore[no-untyped-def]
         if total == 0:
             shares[context, 0] = whole
             continue
+        if 8 * counts[context].max() > 7 * total:
+            other = 2 if counts[context, 0] > counts[context, 2] else 0
+            more = total // 7 + 1
+            counts[context, other] += more
+            total += more
         left = whole
         for token in range(counts.shape[1]):
             if counts[context, token]:
@@ -214,7 +228,7 @@ def _read_table(data, context_of, shares):  # type: ignore[no-untyped-def]
     for context in range(data[0]):
         if data.size < at + 3:
             return -1
-        start, first, count = np.int64(data[at]), np.int64(data[at + 1]), np.int64(data[at + 2])
+        start, first, count = int(data[at]), int(data[at + 1]), int(data[at + 2])
         at += 3
         if (context == 0 and start != 0) or start <= previous or count < 1:
             return -1
@@ -223,7 +237,7 @@ def _read_table(data, context_of, shares):  # type: ignore[no-untyped-def]
         previous = start
         total = 0
         for token in range(first, first + count):
-            share = np.int64(data[at]) + 256 * np.int64(data[at + 1])
+            share = int(data[at]) + 256 * int(data[at + 1])
             at += 2
             shares[context, token] = share
             total += share
@@ -244,13 +258,13 @@ def _decode(words, low, exponents, context_of, shares, out):  # type: ignore[no-
     starts = np.zeros((contexts, _TOKENS), np.uint32)
     parts = np.zeros((contexts, _TOKENS), np.uint32)
     for context in range(contexts):
-        at = np.int64(0)
+        slot_at = 0
         for token in range(_TOKENS):
-            starts[context, token] = at
+            starts[context, token] = slot_at
             parts[context, token] = shares[context, token]
             for _ in range(shares[context, token]):
-                tokens[context, at] = token
-                at += 1
+                tokens[context, slot_at] = token
+                slot_at += 1
     states = np.empty(_STATES, np.uint32)
     for number in range(_STATES):
         states[number] = np.uint32(words[2 * number]) | (

@@ -362,9 +362,9 @@ def _check_chunks(entries: tuple[TensorEntry, ...], chunks: npt.NDArray[np.void]
             "C-STORED",
             "has values stored in an impossible size",
         )
-    work = np.where(is_signs, layout.drawing_work(length), 0)
-    work += np.where(codec == MaskCodec.CODED, layout.decoding_work(length, nnz), 0)
-    work += np.where(is_coded, layout.table_work(coded[:, 0]) + itemsize * nnz, 0)
+    work = np.where(is_signs, codecs.drawing_work(length), 0)
+    work += np.where(codec == MaskCodec.CODED, codecs.decoding_work(length, nnz), 0)
+    work += np.where(is_coded, codecs.distances_work(coded[:, 0], itemsize, nnz), 0)
     return int((raw + plane_raw_bytes * planes + work).sum())
 
 

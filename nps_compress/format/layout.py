@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 from enum import IntEnum
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -34,13 +33,9 @@ RESERVED_NAME = "__metadata__"  # safetensors keeps its own metadata under this 
 MAX_INDEX_RATIO, INDEX_RATIO_SLACK = 8, 2**16
 # Bounds the work and memory of decoding by the size of the file.
 MAX_EXPANSION, EXPANSION_SLACK = 256, 2**26
-# What a reader does for the elements of drawn and of coded chunks counts as bytes.
-DRAWN_PER_BYTE, CODED_PER_BYTE, BYTES_PER_CODED = 32, 8, 4
 NO_BASE = 0xFFFFFFFF
 
 SUPPORTED_REQUIRED_FEATURES = 0
-
-Size = TypeVar("Size", int, npt.NDArray[np.int64])
 
 
 class Op(IntEnum):
@@ -150,22 +145,6 @@ def stored_chunk_bytes(chunks: npt.NDArray[np.void]) -> npt.NDArray[np.int64]:
 def max_raw_bytes(chunk_data_bytes: int) -> int:
     """Most bytes that all streams may have once zstd is undone (SPEC.md, C-EXPANSION)."""
     return MAX_EXPANSION * chunk_data_bytes + EXPANSION_SLACK
-
-
-def drawing_work(numel: Size) -> Size:
-    """What drawing which of so many elements are kept counts as, in bytes."""
-    return numel // DRAWN_PER_BYTE
-
-
-def decoding_work(numel: Size, nnz: Size) -> Size:
-    """What decoding so many magnitudes counts as, in bytes; ``nnz`` of them are not 0."""
-    return numel // CODED_PER_BYTE + BYTES_PER_CODED * nnz
-
-
-def table_work(token_bytes: Size) -> Size:
-    """What reading the frequencies of distances counts as, in bytes: 2^12 for each context, of
-    which this many bytes can't hold more."""
-    return 4096 * np.minimum(token_bytes // 5, 64)
 
 
 def aligned(size: int) -> int:

@@ -41,11 +41,13 @@ class Chunk:
     positions: [nnz] uint32, ascending, or None where all ``numel`` elements are kept;
     planes: [itemsize, nnz] uint8, the value payload, least significant byte first; for signs one
     plane of 0 or 1 (minus), for levels one of int8 bytes, for a grid [1, 2 * nnz], int16 integers.
+    streams: of distances, which only decode with the base; ``planes`` is then [0, nnz].
     """
 
     numel: int
     positions: Positions | None
     planes: npt.NDArray[np.uint8]
+    streams: tuple[bytes, ...] = ()
 
 
 class NpsReader:
@@ -163,10 +165,15 @@ class NpsReader:
             mask = self._mask(record, data)
             positions = codecs.decode_mask(MaskCodec(record["mask_codec"]), mask, numel, nnz)
             stored = []
-            for plane in range(1 if entry.has_parameters else entry.dtype.itemsize):
+            is_coded = entry.value_codec is ValueCodec.CODED_ULP
+            expected = 1 if entry.has_parameters else 2 if is_coded else entry.dtype.itemsize
+            for plane in range(expected):
                 end = position + int(record["plane_stored_bytes"][plane])
                 stored.append(data[position:end])
                 position = end
+            if is_coded:
+                nothing = np.empty((0, nnz), np.uint8)
+                return Chunk(numel, positions, nothing, tuple(stored))
             planes = codecs.decode_planes(stored, int(record["planes_compressed"]), nnz)
         except FormatError as error:
             self._fail(error.rule, f"chunk {number} of {entry.name!r}: {error.detail}")

@@ -47,11 +47,7 @@ class NpsWriter:
     def add_chunks(self, chunks: Iterable[EncodedChunk]) -> None:
         """Write chunks of the tensor that the next ``add_tensor`` names."""
         for chunk in chunks:
-            self._raw_bytes += chunk.raw_bytes
-            if chunk.mask_codec is MaskCodec.DRAWN:
-                self._raw_bytes += layout.drawing_work(chunk.examined)
-            elif chunk.mask_codec is MaskCodec.CODED:
-                self._raw_bytes += layout.decoding_work(chunk.examined, chunk.nnz)
+            self._raw_bytes += chunk.raw_bytes + chunk.work
             end = self._offset + layout.aligned(len(chunk.data))
             if self._raw_bytes > layout.max_raw_bytes(end - layout.HEADER_BYTES):
                 chunk = chunk.stored_raw()
