@@ -201,15 +201,23 @@ class Task:
             tensor = result.view(base.dtype).reshape(base.shape)
         else:
             before = torch_words.to_numpy(torch_words.words_of(base))
-            words = self.rebuild_words(name, before, in_place=False, threads=workers())
+            try:
+                words = self.rebuild_words(name, before, in_place=False, threads=workers())
+            except FormatError:  # distances don't decode with another base
+                self._check_base(name, before)
+                raise
             tensor = torch_words.from_numpy(words, entry.dtype, entry.shape).to(base.device)
         if verify and not self.matches(name, words):
-            assert entry.base_index is not None
-            before = torch_words.to_numpy(torch_words.words_of(base))
-            if digest(before) != self.reader.base[entry.base_index].sha256:
-                raise self._wrong_base(name, "has other values")
+            self._check_base(name, torch_words.to_numpy(torch_words.words_of(base)))
             raise self.damaged(name)
         return tensor
+
+    def _check_base(self, name: str, words: Words) -> None:
+        """Raise BaseMismatchError where these are not the base tensor's values. words: [numel]."""
+        index = self.entry(name).base_index
+        assert index is not None
+        if digest(words) != self.reader.base[index].sha256:
+            raise self._wrong_base(name, "has other values")
 
     def _wrong_base(self, name: str, difference: str) -> BaseMismatchError:
         what = f"tensor {self.base_tensor_name(name)!r}"
