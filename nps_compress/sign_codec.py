@@ -277,7 +277,7 @@ def _drawn(rows, columns, levels, seed, start, stop, positions):  # type: ignore
             for i in range(run):
                 at = max(of_row + np.int64(columns[column + i]), 0)
                 positions[found] = position + i - start
-                found += np.int64(np.int64(draws[position + i - block]) < levels_from_0[at])
+                found += int(np.int64(draws[position + i - block]) < levels_from_0[at])
             position += run
             column += run
             if column == columns.size:
