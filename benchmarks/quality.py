@@ -8,9 +8,7 @@ that are there are not measured again. Test data are seen by nothing but the las
 
 ``bits_per_param`` counts everything that is stored, over all parameters of the fine-tune: for ours
 the bytes of the file, for a baseline its cost by formula and 16 bits for each element that it
-leaves alone (a new head). ``entropy_bits`` is what the same would cost if kept positions were coded
-at their entropy within each tensor and each change as a sign, with what the rest of the file takes.
-It says nothing of other rules, whose values are no signs, or (``signs``) stored as such.
+leaves alone (a new head).
 ``kl`` is the mean divergence from the fine-tune's own outputs on test data, in nats a prediction,
 ``agreement`` the share of predictions (classes, next tokens) whose likeliest is the fine-tune's.
 ``cost`` counts passes over the calibration data.
@@ -22,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import math
 import statistics
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -40,13 +37,12 @@ import tasks
 from nps_compress.checkpoint import open_checkpoint, pair
 from nps_compress.dtypes import PRUNABLE
 from nps_compress.models import weights_of
-from nps_compress.prune import Rule
 from training import IGNORED, Batch
 
 RESULT = rows.RESULTS / "quality.csv"
 SEARCHES = rows.RESULTS / "search.csv"
 FIELDS = (
-    *("task", "metric", "method", "setting", "seed", "bits_per_param", "entropy_bits", "score"),
+    *("task", "metric", "method", "setting", "seed", "bits_per_param", "score"),
     *("retained", "kl", "agreement", "base_score", "finetuned_score", "evaluations", "cost"),
     *("machine", "versions", "commit"),
 )
@@ -54,7 +50,6 @@ SEARCH_FIELDS = (
     *("task", "method", "setting", "seed", "generation", "evaluations", "fitness", "best"),
     *("start", "finetuned"),
 )
-AT_ENTROPY = ("NPS over sampled, fisher", "ours: sampled, fisher")
 KL_BATCHES = 16  # of the test data; what a language model says of all would fill the memory
 
 
@@ -88,7 +83,6 @@ class Packed:
 
     weights: Mapping[str, torch.Tensor]
     bits_per_param: float
-    entropy_bits: float | None = None
     evaluations: int = 0
     cost: float = 0.0
     search: Mapping[str, Any] | None = None
@@ -143,7 +137,6 @@ def ours(
                 recipe=recipe,
                 retain=retain,
                 calibration=task.calibration,
-                rules=(recipe.prune,),
                 search=search or nps_compress.SearchOptions(generations=0),
             )
             nps_compress.unpack(task.base, out / "t.nps", out / "model")
@@ -154,7 +147,6 @@ def ours(
         return Packed(
             weights,
             report.bits_per_param,
-            _entropy(pair_, weights, report.recipe),
             trials or int(found.get("evaluations", 0)),
             trials or float(found.get("cost", 0)),
             found or None,
@@ -163,53 +155,33 @@ def ours(
     return run
 
 
-def _entropy(
-    pair_: Pair, weights: Mapping[str, torch.Tensor], recipe: nps_compress.Recipe
-) -> float | None:
-    """Bits a parameter of positions at their entropy by tensor, a sign each, and whole tensors."""
-    if recipe.prune != "sampled":
-        return None
-    bits = 0.0
-    for name, tensor in pair_.tuned.items():
-        if name not in pair_.base:
-            bits += 16 * tensor.numel()
-            continue
-        kept = int((weights[name] != pair_.base[name]).sum())
-        share = kept / tensor.numel()
-        if 0 < share < 1:
-            each = -share * math.log2(share) - (1 - share) * math.log2(1 - share)
-            bits += tensor.numel() * each
-        bits += kept
-    return bits / pair_.numel
-
-
 def methods(full: bool) -> Iterator[tuple[str, str, bool, Method]]:
     """Name, setting, whether the seed matters, and what to run."""
     yield from _baselines((0.2, 0.1, 0.05, 0.02, 0.01, 0.005) if full else (0.1, 0.05, 0.01))
-    for d in (0.2, 0.1, 0.05, 0.02, 0.01, 0.005) if full else (0.05, 0.01):
+    for d in (0.2, 0.1, 0.05, 0.02, 0.01, 0.005) if full else (0.2, 0.05, 0.01):
         at = f"density {d}"
+        method = ours(prune="sampled", density=d, importance="fisher")
+        yield "ours: sampled, fisher", at, True, method
+        if d == 0.2 and not full:
+            continue
         yield "ours: magnitude", at, False, ours(prune="magnitude", density=d)
         yield "ours: random", at, True, ours(prune="random", density=d)
         yield "ours: sampled", at, True, ours(prune="sampled", density=d)
-        for name in ("activation", "fisher"):
-            method = ours(prune="sampled", density=d, importance=name)
-            yield f"ours: sampled, {name}", at, True, method
+        method = ours(prune="sampled", density=d, importance="activation")
+        yield "ours: sampled, activation", at, True, method
     for d in (0.02, 0.05, 0.1, 0.2):
         at = f"density {d}"
         yield "ours: signs", at, True, ours(prune="signs", density=d)
         yield "ours: signs, fisher", at, True, ours(prune="signs", density=d, importance="fisher")
     yield from _searches(full)
     for share in (0.99, 0.95) if full else (0.99,):
-        for rule in ("sampled", "signs"):
-            at = f"retain {share}"
-            yield f"ours: --retain, {rule}", at, True, _retained(share, 0, rule)
-            if rule == "signs" or full:
-                yield f"ours: --retain, {rule}, searched", at, True, _retained(share, 6, rule)
+        yield "ours: --retain", f"retain {share}", True, _retained(share, 0)
+        yield "ours: --retain, searched", f"retain {share}", True, _retained(share, 6)
 
 
-def _retained(share: float, generations: int, rule: Rule) -> Method:
+def _retained(share: float, generations: int) -> Method:
     search = nps_compress.SearchOptions(generations=generations)
-    return ours(search, share, 8, prune=rule, importance="fisher")
+    return ours(search, share, 8, importance="fisher")
 
 
 def _baselines(densities: Sequence[float]) -> Iterator[tuple[str, str, bool, Method]]:
@@ -339,13 +311,11 @@ def measure(
                 continue
             found = judge.score(packed.weights)
             kl, agreement = judge.compare()
-            entropy = packed.entropy_bits
             key = {"task": name, "method": method, "setting": setting, "seed": seed}
             row = {
                 **key,
                 "metric": task.metric,
                 "bits_per_param": f"{packed.bits_per_param:.4f}",
-                "entropy_bits": "" if entropy is None else f"{entropy:.4f}",
                 "score": f"{found:.5f}",
                 "retained": f"{judge.retained(found):.4f}",
                 "kl": f"{kl:.5f}",
@@ -388,8 +358,7 @@ def _history(key: Mapping[str, object], search: Mapping[str, Any]) -> list[dict[
 def plot(path: Path) -> None:
     """Retained share against bits: a panel a task, a line a method, the mean over its seeds.
 
-    Methods without a range of settings (--retain) are single marks; bars span the seeds. Hollow
-    marks: the same at ``entropy_bits``.
+    Methods without a range of settings (--retain) are single marks; bars span the seeds.
     """
     from matplotlib import pyplot
 
@@ -423,14 +392,6 @@ def plot(path: Path) -> None:
                 bits, kept, spread = zip(*means, strict=True)
                 half = [width / 2 for width in spread]
                 axes.errorbar(bits, kept, half, label=method, **looks[method])
-            coded = sorted(
-                (float(row["entropy_bits"]), 100 * float(row["retained"]))
-                for row in found
-                if (row["task"], row["method"]) == (name, method) and method in AT_ENTROPY
-            )
-            if coded:
-                hollow = {**looks[method], "linestyle": "--", "linewidth": 1, "mfc": "none"}
-                axes.plot(*zip(*coded, strict=True), label=f"{method}, as signs", **hollow)
         axes.axhline(100, color="0.6", linewidth=1, linestyle="--")
         axes.set(xscale="log", title=name, xlabel="bits per parameter, everything counted")
         axes.set_ylim(0, 106)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from nps_compress.cards import model_card
     from nps_compress.errors import (
         BaseMismatchError,
+        BenchmarkError,
         CalibrationError,
         CheckpointError,
         FitnessError,
@@ -45,6 +46,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "BaseMismatchError": "errors",
+    "BenchmarkError": "errors",
     "CalibrationError": "errors",
     "CheckpointError": "errors",
     "ExportReport": "sparse_safetensors",

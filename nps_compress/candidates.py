@@ -31,7 +31,7 @@ from nps_compress.signs import Scales, levels_of, scales_of
 from nps_compress.task_vector import HISTOGRAM_BYTES, NEUTRAL, Float32, Histogram, Ranking
 
 SLICE = 1 << 18  # elements handled at once: a few MB, which a core's cache holds
-TINY = 4096  # elements up to which a tensor is rounded, not sampled
+TINY = 4096  # elements up to which a tensor is rounded rather than stored as signs
 _EXACT_SHARE = 0.01  # of the file, that small tensors may take if kept exactly
 _NOWHERE = np.empty(0, np.uint32)
 # About what each takes on real fine-tunes: a 16-bit value stored exactly, a level, a factor.
@@ -101,7 +101,7 @@ class Pruner:
             loaded = self.load(name)
             if not all(np.isfinite(tau_of(loaded, part)).all() for part in slices(loaded[0].size)):
                 return None
-            if "signs" in kinds and not self._is_rounded(name):
+            if "signs" in kinds and not self._is_rounded(name, "signs"):
                 self._scales[name] = self._measured_scales(name, loaded)
             histograms = [self._histogram(name, loaded, kind) for kind in kinds]
             return [each for each in histograms if each] if all(histograms) else None
@@ -133,15 +133,17 @@ class Pruner:
         parts = slices(loaded[0].size)
         return scales_of(lambda: (tau_of(loaded, part) for part in parts), rows, columns)
 
-    def _is_rounded(self, name: str) -> bool:
-        """Whether a sample would say too little of a tensor: a vector, or a tiny one."""
+    def _is_rounded(self, name: str, kind: Kind) -> bool:
+        """Whether a sample would say too little of a tensor: a vector, or too few signs."""
         shape = self.pair.finetuned.tensors[name].shape
-        return len(shape) < 2 or math.prod(shape) <= TINY
+        if kind == "signs":
+            return len(shape) < 2 or math.prod(shape) <= TINY
+        return kind == "grid" and len(shape) < 2
 
     def _histogram(self, name: str, loaded: Loaded, kind: Kind) -> Histogram | None:
         """Scores of one tensor; None where one is not finite."""
         histogram = Histogram.empty()
-        if kind != "exact" and self._is_rounded(name):
+        if self._is_rounded(name, kind):
             return histogram  # see fixed()
         for part in slices(loaded[0].size):
             tau, importance = self.changes(name, loaded, part, kind == "signs")
@@ -204,7 +206,7 @@ class Pruner:
         bits = exact + numel * _bits(kind, recipe.density)
         if kind == "exact":
             return bits
-        rounded = [name for name in self.names if self._is_rounded(name)]
+        rounded = [name for name in self.names if self._is_rounded(name, kind)]
         levels = sum(tensors[name].numel for name in rounded) if "small" in groups else 0
         factors = sum(each.size for name in self._scales for each in self.factors(name))
         return bits + _LEVEL_BITS * levels + _FACTOR_BITS * factors
@@ -267,7 +269,7 @@ class Pruner:
 
     def levels(self, name: str, loaded: Loaded) -> tuple[int, npt.NDArray[np.int8]] | None:
         """Exponent of the step and levels of a tensor that is rounded; None for any other."""
-        if kind_of(self.recipe.prune) == "exact" or not self._is_rounded(name):
+        if not self._is_rounded(name, kind_of(self.recipe.prune)):
             return None
         return levels_of(tau_of(loaded, slice(None)))
 
@@ -277,7 +279,7 @@ class Pruner:
         recipe = recipe or self.recipe
         if self.group(name) not in self.pruned_groups(recipe):
             return to_float32(*loaded[2:])
-        if kind_of(recipe.prune) == "exact" or not self._is_rounded(name):
+        if not self._is_rounded(name, kind_of(recipe.prune)):
             return None
         base, dtype = loaded[:2]
         exponent, levels = levels_of(tau_of(loaded, slice(None)))

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from nps_compress import __version__
+from nps_compress.bench.shapes import MODELS
 from nps_compress.errors import NpsError, SearchInterruptedError
 
 if TYPE_CHECKING:
+    from nps_compress.bench.results import Report
     from nps_compress.packing import PackReport
     from nps_compress.prune import Rule
     from nps_compress.recipe import Recipe
@@ -543,6 +545,147 @@ def import_(patch: Path, base: str, output: Path, force: bool, as_json: bool) ->
     _print_pack(import_sparse(base, patch, output, force=force, progress=True), as_json)
 
 
+@main.command(options_metavar="[OPTIONS]")
+@click.argument("paths", nargs=-1, metavar="BASE TASK...")
+@click.option(
+    "--like",
+    type=click.Choice(list(MODELS)),
+    help="In place of BASE and TASK: made weights in the shapes of this model.",
+)
+@click.option("--tasks", type=int, help="Tasks to project.  [default: those given, or 100]")
+@click.option(
+    "--downloads",
+    type=int,
+    help="Times that a task is downloaded, over all tasks and machines.  [default: tasks x "
+    "machines]",
+)
+@click.option(
+    "--machines",
+    type=int,
+    default=1,
+    show_default=True,
+    help="Machines, each of which downloads the base once.",
+)
+@click.option(
+    "--egress-price", type=float, default=0.09, show_default=True, help="USD for 10^9 bytes."
+)
+@click.option(
+    "--bandwidth", type=float, default=10.0, show_default=True, help="Of the network, in Gbit/s."
+)
+@click.option(
+    "--resident", type=int, default=8, show_default=True, help="Tasks in one machine's memory."
+)
+@click.option(
+    "--lora-rank", type=int, default=16, show_default=True, help="Rank of the LoRA to compare with."
+)
+@click.option(
+    "--density", type=float, help="As of pack.  [default: 0.2 with --prune signs, else 0.05]"
+)
+@click.option(
+    "--prune",
+    type=click.Choice(["signs", "sampled", "magnitude", "random"]),
+    help="As of pack.  [default: signs]",
+)
+@click.option("--lossless", is_flag=True, help="Keep every changed bit.")
+@click.option(
+    "--repeat", type=int, default=3, show_default=True, help="Rounds that medians are taken of."
+)
+@click.option(
+    "--sample",
+    type=float,
+    default=0.5,
+    show_default=True,
+    help="With --like, how much is really packed: GB of bf16 weights, as many whole layers as fit.",
+)
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path),
+    help="Where to work, on the disk to be measured.  [default: for temporary files]",
+)
+@click.option("--csv", "csv_path", type=click.Path(path_type=Path), help="Write every figure.")
+@click.option("--html", "html_path", type=click.Path(path_type=Path), help="Write a page, plots.")
+@_force
+@_json
+@click.pass_context
+def bench(
+    ctx: click.Context,
+    paths: tuple[str, ...],
+    like: str | None,
+    tasks: int | None,
+    downloads: int | None,
+    machines: int,
+    egress_price: float,
+    bandwidth: float,
+    resident: int,
+    lora_rank: int,
+    density: float | None,
+    prune: Rule | None,
+    lossless: bool,
+    repeat: int,
+    sample: float,
+    folder: Path | None,
+    csv_path: Path | None,
+    html_path: Path | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Measure size and speed of TASKs on this machine, and project what a fleet of them takes.
+
+    A TASK is a fine-tune of BASE, which is packed, or a .nps file. Every figure is marked:
+    measured here, projected, or reported by others; none is given unless all that was rebuilt has
+    the digests that the files promise.
+
+    \b
+    Example:
+      nps-compress bench base/ law/ med/ --tasks 200
+      nps-compress bench --like llama-8b --tasks 500 --html report.html
+    """
+    from nps_compress.bench.measuring import is_packed
+    from nps_compress.bench.projection import Plan
+    from nps_compress.bench.results import refuse_outputs
+    from nps_compress.bench.run import Settings, bench_model, bench_tasks
+    from nps_compress.recipe import DEFAULT_RULE, Recipe, default_density
+
+    _refuse_together(ctx, "--lossless", lossless, {"density", "prune"})
+    if like is not None and paths:
+        raise click.UsageError(f"BASE and TASK can't be used with --like, received {paths[0]!r}")
+    if like is None:
+        if len(paths) < 2:
+            raise click.UsageError(f"expected BASE TASK... or --like, received {len(paths)} paths")
+        for option in _given(ctx, {"sample"}):
+            raise click.UsageError(f"{option} needs --like")
+        if all(map(is_packed, paths[1:])):
+            for option in _given(ctx, {"density", "prune", "lossless"}):
+                raise click.UsageError(f"{option} needs a fine-tune to pack, received .nps files")
+    if not 0 < sample < math.inf:
+        raise click.BadParameter(f"{sample} GB", param_hint="--sample")
+    rule = prune or DEFAULT_RULE
+    recipe = None
+    if not lossless:
+        recipe = Recipe(prune=rule, density=default_density(rule) if density is None else density)
+    count = tasks if tasks is not None else max(len(paths) - 1, 0) or 100
+    plan = Plan(
+        count,
+        downloads if downloads is not None else count * machines,
+        machines,
+        egress_price,
+        resident,
+        bandwidth,
+        lora_rank,
+    )
+    settings = Settings(recipe, repeat, folder, int(sample * 1e9))
+    refuse_outputs(csv_path, html_path, paths, force)
+    if like is not None:
+        report = bench_model(like, plan, settings, progress=True)
+    else:
+        report = bench_tasks(paths[0], paths[1:], plan, settings, progress=True)
+    report.write(csv_path, html_path, force)
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        _print_bench(report)
+
+
 def _recipe(options: dict[str, Any], calibrated: bool) -> Recipe:
     from nps_compress.recipe import (
         DEFAULT_RULE,
@@ -612,6 +755,18 @@ def _print_search(recipe: Recipe) -> None:
         f"factors 1 {found['start']:.5g}, found {found['best']:.5g} "
         f"in {found['evaluations']} evaluations"
     )
+
+
+def _print_bench(report: Report) -> None:
+    click.echo(f"{report.title}\n{report.verified}")
+    for table in report.tables:
+        click.echo(f"\n{table.title}")
+        _print_table(table.rows())
+        for note in table.notes:
+            click.echo(f"  {note}")
+    click.echo()
+    for note in report.notes:
+        click.echo(f"- {note}")
 
 
 def _or_nothing(error: float | None) -> str:

@@ -12,6 +12,7 @@
     ├── RetainError               no density keeps the share of quality that was asked for
     ├── FormatError               a .nps file breaks a rule of format_spec/SPEC.md
     ├── BaseMismatchError         the base is not the one the task was packed against
+    ├── BenchmarkError            what was measured is not what the file promises
     ├── OutputExistsError         the output is there already
     ├── OutputTooLargeError       the output would exceed a limit or the free space
     ├── OutOfMemoryError          a tensor or file does not fit into memory
@@ -100,6 +101,14 @@ class BaseMismatchError(NpsError):
         super().__init__(
             f"{base} is not the base this task was made from ({made_from}): {what} {difference}"
         )
+
+
+class BenchmarkError(NpsError):
+    """A timed step gave something else than the file promises, so that no figure is reported."""
+
+    def __init__(self, task: str, reason: str) -> None:
+        self.task, self.reason = task, reason
+        super().__init__(f"{task}: {reason}; nothing is reported")
 
 
 class OutputExistsError(NpsError):

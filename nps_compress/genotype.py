@@ -9,26 +9,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Literal, get_args
 
 from nps_compress.errors import InvalidArgumentError
 from nps_compress.groups import Group
-from nps_compress.prune import COEFFICIENTS
+from nps_compress.prune import COEFFICIENTS, Rule
 from nps_compress.recipe import Recipe
 
 Genes = Literal["subspaces", "subspace-density", "groups", "group-density"]
 GENES: tuple[Genes, ...] = get_args(Genes)
 
 
-def check_genes(names: Sequence[str]) -> tuple[Genes, ...]:
-    """Genes by their names. Raises InvalidArgumentError for an unknown one, or none at all."""
+def check_genes(names: Sequence[str], rules: Collection[Rule] = ()) -> tuple[Genes, ...]:
+    """Genes by their names. Raises InvalidArgumentError for an unknown one, none at all, or one
+    that these rules have no use for."""
     for name in names:
         if name not in GENES:
             raise InvalidArgumentError("genes", name, f"some of {', '.join(GENES)}")
     if not names:
         raise InvalidArgumentError("genes", "", f"some of {', '.join(GENES)}")
+    if "subspace-density" in names and "sampled" in rules:
+        what = "without 'subspace-density' where the rule is sampled"
+        raise InvalidArgumentError("genes", ",".join(names), what)
     return tuple(gene for gene in GENES if gene in names)
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from nps_compress._jit import jit
 from nps_compress._threads import workers
 from nps_compress.candidates import Loaded, Pruner, slices
 from nps_compress.dtypes import to_float32
@@ -85,7 +86,7 @@ class _LiveTensor:
         self.loaded = loaded
         self._target, self._changes = target, changes
         self._flat = target.view(-1) if target.is_contiguous() else None
-        # Where the parameter differs from the base, and the base there; None: anywhere.
+        # Where the parameter may differ from the base, and the base there; None: anywhere.
         self._changed: tuple[npt.NDArray[np.uint32], Float32] | None = None
         self._short: tuple[object, Reach, Elements] | None = None  # what the list is good for
 
@@ -103,15 +104,20 @@ class _LiveTensor:
     def write(self, selection: Selection, group: int, seed: int) -> None:
         elements = self._short_list(selection, group, seed)
         indices, values = select(selection, elements, self.loaded[1], seed, group)
-        at = elements.at[indices]
         if self._flat is None:
             whole = to_float32(*self.loaded[:2]).copy()
-            whole[at] = values
+            whole[elements.at[indices]] = values
             self._write_all(whole)
             return
-        self.write_base()
-        _put(self._flat, at, values)
-        self._changed = at, elements.before[indices]
+        if self._changed is None or self._changed[0] is not elements.at:
+            self.write_base()
+        if self._flat.device.type == "cpu":
+            _rewrite(self._flat.numpy(), elements.at, elements.before, indices, values)
+        else:
+            after = elements.before.copy()
+            after[indices] = values
+            _put(self._flat, elements.at, after)
+        self._changed = elements.at, elements.before
 
     def _write_all(self, values: Float32) -> None:
         import torch
@@ -140,6 +146,18 @@ class _LiveTensor:
             np.concatenate([part.importance for part in parts]),
             np.concatenate([part.at for part in parts]),
         )
+
+
+@jit
+def _rewrite(target, at, before, indices, values):  # type: ignore[no-untyped-def]
+    """target[at] = before, but values at these indices, in one pass."""
+    kept = 0
+    for i in range(at.size):
+        value = before[i]
+        if kept < indices.size and indices[kept] == i:
+            value = values[kept]
+            kept += 1
+        target[at[i]] = value
 
 
 def _put(target: torch.Tensor, at: npt.NDArray[np.uint32], values: Float32) -> None:

@@ -24,6 +24,7 @@ from nps_compress.errors import BaseMismatchError, InvalidArgumentError
 from nps_compress.format.layout import MIN_CHUNK_LOG2, Op
 from nps_compress.format.records import BaseTensor, TensorEntry, base_root, printable
 from nps_compress.format.writer import NpsWriter, check_name
+from nps_compress.genotype import check_genes
 from nps_compress.grid_codec import GridParameters, encode_grid
 from nps_compress.prune import Levels, Rule, Selection
 from nps_compress.recipe import DEFAULT_RULE, Recipe, default_density, default_importance
@@ -52,7 +53,7 @@ _KEPT_PER_CHUNK = 16384  # enough that a frame's header and a record cost under 
 _NEW_CHUNK_LOG2 = 20
 _MAX_EXAMINED_PER_KEPT = 1024
 _FACTORS_PAY = 50  # where the rest of a tensor takes so many times their bytes, they surely do
-RETAIN_RULES: tuple[Rule, ...] = ("signs", "sampled", "magnitude")
+RETAIN_RULES: tuple[Rule, ...] = ("signs", "sampled")
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,8 @@ def pack(
 
         examples = read_examples(Path(calibration))
     recipe = recipe or default_recipe(calibration is not None)
+    if job:
+        check_genes(options.genes, rules or (recipe.prune,))
     pair_ = pair(open_checkpoint(base), open_checkpoint(finetuned))
     refuse_input_as_output(out, input_files(pair_, calibration))
     for name in (*pair_.base.tensors, *pair_.finetuned.tensors):

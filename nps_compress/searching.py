@@ -93,7 +93,9 @@ def search_recipe(
     """
     out = Path(out)
     refuse_existing(out, force)
-    job = SearchJob(Path(calibration), options or SearchOptions(), out)
+    options = options or SearchOptions()
+    check_genes(options.genes, (recipe.prune,))
+    job = SearchJob(Path(calibration), options, out)
     pair_ = pair(open_checkpoint(base), open_checkpoint(finetuned))
     refuse_input_as_output(out, input_files(pair_, calibration))
     pruner = counted(pair_, recipe, job.examples, calibration, progress)

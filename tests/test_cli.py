@@ -16,7 +16,9 @@ from click.testing import CliRunner, Result
 import nps_compress
 from nps_compress.cli import main
 
-COMMANDS = ["card", "export", "import", "inspect", "pack", "search", "unpack", "verify"]
+COMMANDS = [
+    *("bench", "card", "export", "import", "inspect", "pack", "search", "unpack", "verify"),
+]
 
 
 def run(*arguments: object) -> Result:
@@ -104,11 +106,12 @@ def test_options_reach_the_file(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (("--prune", "random", "--density", 0.1), ("random", False)),
-        (("--prune", "signs", "--density", 0.2), ("signs", False)),
-        (("--prune", "signs", "--density", 0.2, "--scope", "tensor"), ("signs", False)),
-        (("--prune", "sampled", "--grid", "--density", 0.5), ("sampled", True)),
-        (("--prune", "sampled", "--grid", "--scope", "tensor"), ("sampled", True)),
+        (("--prune", "random", "--density", 0.1), "random"),
+        (("--prune", "signs", "--density", 0.2), "signs"),
+        (("--prune", "signs", "--density", 0.2, "--scope", "tensor"), "signs"),
+        (("--prune", "sampled", "--density", 0.5), "sampled"),
+        (("--prune", "sampled", "--density", 1), "sampled"),
+        (("--prune", "sampled", "--scope", "tensor"), "sampled"),
     ],
 )
 def test_rules_end_to_end(tiny, tmp_path, options, expected):
@@ -116,7 +119,7 @@ def test_rules_end_to_end(tiny, tmp_path, options, expected):
     ok("pack", *tiny, "-o", task, *options)
     assert "ok" in ok("verify", tiny[0], task)
     recipe = json.loads(nps_compress.inspect(task)["metadata"]["recipe"])
-    assert (recipe["prune"], recipe["grid"]) == expected
+    assert recipe["prune"] == expected
     (tmp_path / "r.json").write_text(json.dumps(recipe))
     ok("pack", *tiny, "-o", tmp_path / "u.nps", "--recipe", tmp_path / "r.json")
     assert (tmp_path / "u.nps").read_bytes() == task.read_bytes()
@@ -278,9 +281,12 @@ class TestBadInput:
 
     def test_options_of_a_rule(self, tiny, tmp_path):
         call = ("pack", *tiny, "-o", tmp_path / "t.nps")
-        for rule in ("magnitude", "random", "signs"):
-            line = fails(*call, "--prune", rule, "--grid")
-            assert "prune must be sampled with grid" in line
+        examples = tmp_path / "e.jsonl"
+        examples.write_text('{"text": "a"}\n')
+        searched = ("--calibration", examples, "--genes", "subspaces,subspace-density")
+        line = fails(*call, *searched, "--prune", "sampled")
+        assert "genes must be without 'subspace-density' where the rule is sampled" in line
+        assert "subspace-density" in fails(*call, *searched, "--retain", 0.9)
         assert "is not one of" in fails(*call, "--prune", "dare", code=2)
         assert not (tmp_path / "t.nps").exists()
 

@@ -231,9 +231,8 @@ class TestLiveModel:
         kind = ("magnitude", "sampled", "signs", "random")[number // 4 % 4]
         density = (0.05, 0.06, 0.5)[number % 3]  # small tensors are exact at a half
         recipe = Recipe.with_subspaces(3, "tail", prune=kind, density=density, seed=number // 6)
-        if kind == "sampled":
-            recipe = replace(recipe, grid=number % 4 == 1)
-        genotype = Genotype(recipe, GENES, ["embedding", "attention", "mlp", "other", "small"])
+        genes = [gene for gene in GENES if gene != "subspace-density" or kind != "sampled"]
+        genotype = Genotype(recipe, genes, ["embedding", "attention", "mlp", "other", "small"])
         recipe = genotype.express(np.exp(rng.normal(0, 0.3, len(genotype.names))).tolist())
         return replace(recipe, scope="tensor") if number % 8 == 7 else recipe
 
@@ -261,7 +260,8 @@ class TestLiveModel:
         original = _LiveTensor._within
         monkeypatch.setattr(_LiveTensor, "_within", lambda *a: made.append(a[0]) or original(*a))
         pruner = pruner_of(folders)
-        live, tensors = LiveModel(pruner, model_of(pruner)), len(pruner.names)
+        model = model_of(pruner)
+        live, tensors = LiveModel(pruner, model), len(pruner.names)
 
         def count(recipe):
             made.clear()
@@ -270,6 +270,8 @@ class TestLiveModel:
 
         for rule in ("magnitude", "sampled"):
             recipe = Recipe(prune=rule, density=0.05)
+            if rule == "sampled":  # vectors are rounded
+                tensors = sum(len(model[name].shape) > 1 for name in pruner.names)
             assert count(recipe) == tensors
             assert count(recipe) == 0
             assert count(replace(recipe, density=0.055)) == 0  # within the room that is left
@@ -277,7 +279,6 @@ class TestLiveModel:
             assert count(replace(recipe, density=0.14)) == tensors
             assert count(replace(recipe, density=0.05)) == 0
         sampled = Recipe(prune="sampled", density=0.05)
-        assert count(replace(sampled, grid=True)) == 0
         assert count(replace(sampled, seed=1)) == tensors
         # Only what one group reaches further for.
         assert count(replace(sampled, seed=1, group_densities={"mlp": 3.0})) == 1
@@ -285,18 +286,19 @@ class TestLiveModel:
         assert count(replace(sampled, seed=1)) == 0
 
     def test_few_weights_are_written(self, folders):
-        """From one candidate to the next: what differs, and nothing else is touched."""
+        """From one candidate to the next: the short list, and nothing else is touched."""
         pruner = pruner_of(folders)
         weights = model_of(pruner)
         live = LiveModel(pruner, weights)
         live.apply(Recipe(density=0.01))
         kept = weights[LARGE] != torch.from_numpy(to_float32(*pruner.load(LARGE)[:2])).view(300, -1)
         rest = ~kept
-        weights[LARGE][rest] = 9.0  # where no candidate has been: would be seen if written
+        weights[LARGE][rest] = 9.0  # where no candidate has been: is seen if written
         live.apply(Recipe(density=0.009))
-        assert (weights[LARGE][rest] == 9.0).all()
+        touched = (weights[LARGE][rest] != 9.0).float().mean()
+        assert 0 < touched < 0.025
         live.apply_base()
-        assert (weights[LARGE][rest] == 9.0).all()
+        assert (weights[LARGE][rest] != 9.0).float().mean() == touched
 
     def test_a_model_without_the_parameter(self, folders):
         pruner = pruner_of(folders)
@@ -317,11 +319,11 @@ class TestSmallTensors:
         return checkpoints(tmp_path, shapes)
 
     def test_the_limit(self, tmp_path):
-        # 10 % of 200,000 at two bytes are 40,000 bytes: a hundredth is 100 floats.
-        for small, expected in ((100, ["mlp"]), (101, ["mlp", "small"])):
+        # 10 % of 200,000 at 9.5 bits, and 0.469 bits of each position: a hundredth is 88 floats.
+        for small, expected in ((88, ["mlp"]), (89, ["mlp", "small"])):
             pruner = pruner_of(self.folders(tmp_path / str(small), small))
             for density, groups in ((0.1, expected), (0.05, ["mlp", "small"]), (0.2, ["mlp"])):
-                assert pruner.pruned_groups(Recipe(prune="sampled", density=density)) == groups
+                assert pruner.pruned_groups(Recipe(prune="magnitude", density=density)) == groups
         # 200,000 signs are 25,000 bytes.
         for small, expected in ((62, ["mlp"]), (63, ["mlp", "small"])):
             pruner = pruner_of(self.folders(tmp_path / str(small), small))

@@ -74,6 +74,16 @@ ORDER = [
     "sparse_safetensors",
     "inspection",
     "cards",
+    "bench.figures",
+    "bench.shapes",
+    "bench.peers",
+    "bench.synthetic",
+    "bench.measuring",
+    "bench.projection",
+    "bench.svg",
+    "bench.page",
+    "bench.results",
+    "bench.run",
     "cli",
 ]
 # Who may import what is heavy, optional or easily misused.
@@ -137,6 +147,7 @@ def test_imports_only_go_down(module):
 def test_public_names_are_locked():
     assert nps_compress.__all__ == [
         "BaseMismatchError",
+        "BenchmarkError",
         "CalibrationError",
         "CheckpointError",
         "ExportReport",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from pruning import prune
@@ -285,7 +287,7 @@ class TestGrid:
     def test_values_are_multiples_of_the_step(self, vectors):
         base, tuned = np.zeros(N, np.float32), vectors[1] - vectors[0]
         ranking = ranking_of(base, tuned)
-        selection = plan(ranking, "sampled", 0.1, grid=True)
+        selection = plan(ranking, "sampled", 0.1)
         out = run(selection, base, tuned).view(np.float32)
         levels = out.astype(np.float64) / selection.step
         assert np.abs(levels - np.rint(levels)).max() < 1e-4
@@ -293,15 +295,33 @@ class TestGrid:
         certain = np.abs(tuned) >= selection.step
         kept = certain & (out != 0)
         assert (np.abs(out - tuned)[kept] < selection.step * 1.0001).all()
-        # Below the step, all is as without.
-        plain = plan(ranking, "sampled", 0.1)
-        assert np.array_equal(run(plain, base, tuned).view(np.float32)[~certain], out[~certain])
+
+    def test_multiples_are_handed_over(self, vectors):
+        base, tuned = np.zeros(N, np.float32), vectors[1] - vectors[0]
+        selection = plan(ranking_of(base, tuned), "sampled", 0.1)
+        levels = np.zeros(N, np.int16)
+        everywhere = np.empty(0, np.uint32)
+        elements = Elements(base, tuned, np.full(1, 2, np.float32), everywhere)
+        indices, values = select(selection, elements, F32, 3, levels=levels)
+        assert np.array_equal(np.flatnonzero(levels), indices)
+        step = np.float32(selection.step / 2)
+        assert np.array_equal(values, levels[indices].astype(np.float32) * step)
+
+    def test_what_is_too_large_stays_at_the_largest_multiple(self):
+        tuned = np.array([1e6, -1e6, 1.0], np.float32)
+        selection = plan(ranking_of(np.zeros(3, np.float32), tuned), "sampled", 0.5)
+        selection = replace(selection, step=1.0, unit=np.ones(1))
+        levels = np.zeros(3, np.int16)
+        elements = Elements(np.zeros(3, np.float32), tuned, ONE, np.empty(0, np.uint32))
+        _, values = select(selection, elements, F32, 0, levels=levels)
+        assert levels.tolist() == [32767, -32767, 1]
+        assert values.tolist() == [32767, -32767, 1]
 
     def test_expectation(self, vectors):
         base, tuned = np.zeros(N, np.float32), vectors[1] - vectors[0]
         tau, seeds = tuned.astype(np.float64), 150
         words = base.view(np.uint32), tuned.view(np.uint32)
-        selection, mean, kept = at_random(*words, seeds, rule="sampled", density=0.4, grid=True)
+        selection, mean, kept = at_random(*words, seeds, rule="sampled", density=0.4)
         assert kept == pytest.approx(0.4 * N, rel=0.01)
         part = np.abs(tau) / selection.step % 1
         assert_unbiased(mean, tau, selection.step * np.sqrt(part * (1 - part)), seeds)
@@ -318,9 +338,7 @@ class TestGrid:
         tuned = (base + rng.integers(-9, 10, N)).astype(np.uint16)  # floats further on
         before, after = to_float32(base, BF16), to_float32(tuned, BF16)
         tau, seeds = (after - before).astype(np.float64), 60
-        selection, mean, _ = at_random(
-            base, tuned, seeds, BF16, rule="sampled", density=density, grid=True
-        )
+        selection, mean, _ = at_random(base, tuned, seeds, BF16, rule="sampled", density=density)
         for low, high in ((0, 1), (1, np.inf)):  # below the step, and above
             ratio = np.abs(tau) / selection.step
             here = (ratio > low) & (ratio <= high)
@@ -378,9 +396,8 @@ class TestGroups:
             edges.append(np.abs(out[out != 0]).min())
         assert edges[1] / edges[0] == pytest.approx(3, rel=0.005)
 
-    @pytest.mark.parametrize("grid", [False, True])
-    def test_sampled_stays_unbiased(self, taus, grid):
-        selection = self.plan(taus, "sampled", 0.05, [1, 1], [4, 1], grid=grid)
+    def test_sampled_stays_unbiased(self, taus):
+        selection = self.plan(taus, "sampled", 0.05, [1, 1], [4, 1])
         seeds = 60
         totals = [np.zeros(tau.size) for tau in taus]
         for seed in range(seeds):
@@ -389,7 +406,7 @@ class TestGroups:
         for rank, tau, total in zip((4, 1), taus, totals, strict=True):
             tau = tau.astype(np.float64)
             ratio = np.abs(tau) * rank / selection.step
-            part = ratio % 1 if grid else np.minimum(ratio, 1)
+            part = ratio % 1
             deviation = selection.step / rank * np.sqrt(part * (1 - part))
             assert_unbiased(total / seeds, tau, deviation, seeds)
 
@@ -411,6 +428,8 @@ class TestGroups:
             histograms = [Histogram.empty() for _ in taus]
             for histogram, tau in zip(histograms, taus, strict=True):
                 histogram.add(tau)
+            if rule == "sampled":  # one step a tensor
+                factors[2:] = factors[2:, :1]
             weighting = Weighting(factors[:2], factors[2:])
             density = float(np.exp(rng.uniform(-5, -0.5)))
             selection = plan(Ranking.of(histograms), rule, density, (0.03,), weighting)
@@ -436,29 +455,22 @@ class TestShortList:
         importance = np.exp2(np.rint(rng.normal(0, 2, N)) / 2).astype(np.float32)
         return request.param, before, tau, importance
 
-    def candidates(self, elements, rng, rule, **options):
+    def candidates(self, elements, rng, rule):
         _, _, tau, importance = elements
         histogram = Histogram.empty()
         histogram.add(tau, importance)
         ranking = Ranking.of([histogram])
         for _ in range(30):
             factors = np.exp(rng.normal(0, 0.3, (2, 1, 4)))
+            if rule == "sampled":
+                factors[1] = factors[1, 0, 0]
             density = float(0.02 * np.exp(rng.normal(0, 0.2)))
             if rule == "random":
                 density = 0.02  # not what a search varies
-            yield plan(ranking, rule, density, (0.1, 0.05, 0.01), Weighting(*factors), **options)
+            yield plan(ranking, rule, density, (0.1, 0.05, 0.01), Weighting(*factors))
 
-    @pytest.mark.parametrize(
-        ("rule", "options"),
-        [
-            ("magnitude", {}),
-            ("sampled", {}),
-            ("sampled", {"grid": True}),
-            ("signs", {}),
-            ("random", {}),
-        ],
-    )
-    def test_what_is_within_reach_gives_the_same_words(self, elements, rng, rule, options):
+    @pytest.mark.parametrize("rule", ["magnitude", "sampled", "signs", "random"])
+    def test_what_is_within_reach_gives_the_same_words(self, elements, rng, rule):
         dtype, before, tau, importance = elements
         seed, nothing = tensor_seed(1, "w"), np.empty(0, np.uint32)
         if rule == "signs":
@@ -466,7 +478,7 @@ class TestShortList:
         whole = Elements(before, tau, importance, nothing)
         limits: Reach | None = None
         covered = 0
-        for selection in self.candidates(elements, rng, rule, **options):
+        for selection in self.candidates(elements, rng, rule):
             needed = reach(selection)
             assert needed.covers(needed)
             assert needed.widened().covers(needed)

@@ -115,7 +115,6 @@ class TestRules:
             )
 
     def test_what_belongs_to_one_rule_stays_with_it(self):
-        """A grid says nothing to magnitude."""
         asked = []
 
         def measure(recipe):
@@ -127,12 +126,11 @@ class TestRules:
         recipe, _ = retain_module.find_recipe(
             measure,
             Yardstick("accuracy", right(0), right(1)),
-            Recipe(prune="sampled", grid=True, seed=3),
+            Recipe(prune="sampled", seed=3),
             ("sampled", "magnitude"),
             0.99,
         )
-        assert (recipe.prune, recipe.grid, recipe.seed) == ("magnitude", False, 3)
-        assert {recipe.grid for recipe in asked if recipe.prune == "sampled"} == {True}
+        assert (recipe.prune, recipe.seed) == ("magnitude", 3)
 
     @pytest.mark.parametrize("scores", [(0.5, 0.5), (0.5, 0.4), (0.5, math.nan)])
     def test_nothing_gained(self, scores):
