@@ -379,6 +379,12 @@ def run(
                 name: str(value) for name, value in {**fields, **environment}.items()
             }
             rows.write(result, FIELDS, kept.values())
+            print(
+                f"{provider.name:32}{fields['result']:>6}{fields['bits_per_param']:>9} bits"
+                f"{fields['relative_error']:>10} off{fields['retained']:>8} kept"
+                f"{fields['encode_mb_s']:>8} in{fields['decode_mb_s']:>8} out MB/s",
+                flush=True,
+            )
     return failures
 
 
@@ -422,23 +428,46 @@ def table(found: Sequence[Mapping[str, str]]) -> str:
                 line[column] += "*" if row in exact and float(row[column]) == value else ""
             of_row = ("decode_over_copy", "relative_error", "retained")
             line |= {name: row[name] for name in (*of_row, "encode_peak_mib", "decode_peak_mib")}
-            lines.append({**line})
+            lines.append(dict(line))
         blocks.append(f"{name} ({int(group[0]['params']):,} weights)\n{rows.table(lines)}")
     return "\n\n".join(blocks)
 
 
 def behind(found: Sequence[Mapping[str, str]]) -> list[str]:
-    """Where a peer's exact result is smaller, or comes sooner, than that of our lossless mode."""
+    """Where a peer is ahead of ours.
+
+    Of our lossless mode: smaller, or sooner, with an exact result. Of our default: sooner, with a
+    lossy one. Of any lossy mode: where both are scored, no larger and no worse.
+    """
     lines = []
-    columns = (("bits_per_param", "bits", 1), ("encode_mb_s", "MB/s in", -1))
+    speeds = {"encode_mb_s": "MB/s in", "decode_mb_s": "MB/s out"}
+    races = {
+        "lossless": ("exact", {"bits_per_param": "bits"} | speeds),
+        "default": ("lossy", speeds),
+    }
     for name, group in _by_pair(found):
-        by_name = {r["provider"]: r for r in group if r["result"] == "exact"}
-        ours = by_name.pop("ours: lossless", None)
-        by_name = {n: r for n, r in by_name.items() if n != COPY and not n.startswith("ours")}
-        for column, unit, sign in (*columns, ("decode_mb_s", "MB/s out", -1)):
-            for provider, row in by_name.items():
-                if ours and sign * float(row[column]) < sign * float(ours[column]):
-                    lines.append(f"{name}: {provider} {row[column]}, ours {ours[column]} {unit}")
+        ours = [row for row in group if row["provider"].startswith("ours: ")]
+        peers = [row for row in group if row not in ours and row["provider"] != COPY]
+        for mode, (result, columns) in races.items():
+            mine = [r for r in ours if r["provider"] == f"ours: {mode}" and r["result"] == result]
+            for row, column, peer in itertools.product(mine, columns, peers):
+                here, there = float(row[column]), float(peer[column])
+                ahead = there < here if column == "bits_per_param" else there > here
+                if peer["result"] == result and ahead:
+                    lines.append(
+                        f"{name}: {peer['provider']} {peer[column]}, "
+                        f"{row['provider']} {row[column]} {columns[column]}"
+                    )
+        for row, peer in itertools.product(ours, peers):
+            if not row["retained"] or not peer["retained"]:
+                continue
+            smaller = float(peer["bits_per_param"]) <= float(row["bits_per_param"])
+            if smaller and float(peer["retained"]) >= float(row["retained"]):
+                lines.append(
+                    f"{name}: {peer['provider']} keeps {peer['retained']} in "
+                    f"{peer['bits_per_param']} bits, {row['provider']} {row['retained']} in "
+                    f"{row['bits_per_param']}"
+                )
     return lines
 
 
