@@ -2,10 +2,10 @@
 
 All are bfloat16. On disk a pair is
 
-    <pair>/base/model.safetensors      what the fine-tune changes, under the fine-tune's names
-    <pair>/common/model.safetensors    the same tensors of the fine-tune
-    <pair>/common/rest.safetensors     those that only the fine-tune has, if any
-    <pair>/tuned/model.safetensors     both, the whole fine-tune
+    <pair>/base/model.safetensors         what the fine-tune changes, under the fine-tune's names
+    <pair>/common/model.safetensors       the same tensors of the fine-tune
+    <pair>/common/rest/model.safetensors  those that only the fine-tune has, if any
+    <pair>/tuned/model.safetensors        both, the whole fine-tune
 
 so that a provider that wants equal names on both sides gets them. There are no side files.
 """
@@ -201,7 +201,7 @@ def write(found: Pair, folder: Path) -> None:
     save(folder / "base" / "model.safetensors", {name: found.base[name] for name in common})
     save(folder / "common" / "model.safetensors", common)
     if rest:
-        save(folder / "common" / "rest.safetensors", rest)
+        save(folder / "common" / "rest" / "model.safetensors", rest)
     save(folder / "tuned" / "model.safetensors", found.tuned)
 
 
@@ -230,10 +230,10 @@ def save(file: Path, tensors: Tensors) -> None:
 
 
 def load(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder's files but those of another dtype than a pair has."""
+    """All tensors in a folder and those within it, but for those of another dtype than a pair's."""
     return {
         name: Tensor(tensor.shape, tensor.read())
-        for file in sorted(folder.glob("*.safetensors"))
+        for file in sorted(folder.rglob("*.safetensors"))
         for name, tensor in read_header(file)[0].items()
         if tensor.dtype == BF16
     }

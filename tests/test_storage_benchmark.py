@@ -126,6 +126,8 @@ def test_a_pair_is_on_disk_as_it_is(pairs, sparse, tmp_path):
     assert not list(pairs.differences(sparse.base, pairs.load(tmp_path / "base")))
     base, common = (tmp_path / name / "model.safetensors" for name in ("base", "common"))
     assert base.stat().st_size == common.stat().st_size
+    # For what reads all files of a folder: nothing that the base lacks is beside.
+    assert list((tmp_path / "common").glob("*.safetensors")) == [common]
 
 
 def test_bytes_are_those_of_all_files(pairs, tmp_path):
@@ -241,7 +243,7 @@ def test_providers_are_measured_marked_and_reported(storage, sparse, provider, t
         good.sizes
         == [
             (tmp_path / "pair" / "good" / "model.safetensors").stat().st_size
-            + (tmp_path / "pair" / "common" / "rest.safetensors").stat().st_size
+            + (tmp_path / "pair" / "common" / "rest" / "model.safetensors").stat().st_size
         ]
         * 2
     )

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 MODEL = "model.safetensors"
-REST = "rest.safetensors"
+REST = "rest/model.safetensors"  # in a folder of its own: some read all that is beside a file
 
 Step = Callable[[Path, Path, Path], None]
 
@@ -60,6 +60,7 @@ def serve(encode: Step, decode: Step, packages: Sequence[str], whole: bool = Fal
             else:
                 decode(base / MODEL, source, out)
             if not whole and (source / REST).exists():
+                (out / REST).parent.mkdir()
                 shutil.copyfile(source / REST, out / REST)
         except Exception as error:
             text = str(error).strip().splitlines() or [""]
