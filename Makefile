@@ -18,7 +18,7 @@ help:
 	@echo "make conformance  read every vector with every reader, write format_spec/CONFORMANCE.md"
 	@echo "make fuzz     fuzz reader and codecs, FUZZ_SECONDS each (default 60; Linux)"
 	@echo "make quality  quality against bits: baselines and ours on six real fine-tunes (hours)"
-	@echo "make storage  size, encode and decode speed beside every peer (under an hour)"
+	@echo "make storage  size, encode and decode speed beside every peer (about an hour)"
 	@echo "make storage-peers  install those peers, each in an environment of its own (5 GB of disk)"
 	@echo "make clean    remove the environment and everything built"
 
