@@ -2,8 +2,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PEERS := benchmarks/peers
 
 .PHONY: help install demo test check format clean bench memory vectors conformance fuzz quality
+.PHONY: storage storage-peers
 
 help:
 	@echo "make demo     pack, verify and unpack a real fine-tune (about 4 minutes on 2 cores)"
@@ -16,6 +18,8 @@ help:
 	@echo "make conformance  read every vector with every reader, write format_spec/CONFORMANCE.md"
 	@echo "make fuzz     fuzz reader and codecs, FUZZ_SECONDS each (default 60; Linux)"
 	@echo "make quality  quality against bits: baselines and ours on six real fine-tunes (hours)"
+	@echo "make storage  size, encode and decode speed beside every peer (about an hour)"
+	@echo "make storage-peers  install those peers, each in an environment of its own (5 GB of disk)"
 	@echo "make clean    remove the environment and everything built"
 
 install: $(STAMP)
@@ -58,10 +62,21 @@ conformance: $(STAMP)
 quality: $(STAMP)
 	@$(BIN)/python benchmarks/quality.py
 
+storage: $(STAMP)
+	@$(BIN)/python benchmarks/storage.py
+
+storage-peers: $(patsubst $(PEERS)/%.txt,$(PEERS)/.envs/%/.installed,$(wildcard $(PEERS)/*.txt))
+
+$(PEERS)/.envs/%/.installed: $(PEERS)/%.txt
+	@echo "installing $* into $(@D)"
+	@$(PYTHON) -m venv --clear $(@D)
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
 FUZZ_SECONDS ?= 60
 fuzz: $(STAMP)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt atheris
 	@$(BIN)/python tests/fuzz/run.py --seconds $(FUZZ_SECONDS)
 
 clean:
-	rm -rf $(VENV) demo-output fuzz-work build dist *.egg-info
+	rm -rf $(VENV) $(PEERS)/.envs demo-output fuzz-work build dist *.egg-info

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import nps_compress
@@ -59,6 +59,17 @@ def append(path: Path, fields: Sequence[str], row: Mapping[str, object]) -> None
         if new:
             writer.writeheader()
         writer.writerow(row)
+
+
+def write(path: Path, fields: Sequence[str], rows: Iterable[Mapping[str, object]]) -> None:
+    """Replace what a file has; it has the old rows or the new, whenever this ends."""
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_suffix(".partial")
+    with temporary.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, fields, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    temporary.replace(path)
 
 
 def table(rows: list[dict[str, object]]) -> str:
