@@ -596,7 +596,8 @@ def _encode_values(
     """Value planes of kept words, [nnz] each, and which of them are zstd frames."""
     if codec is not ValueCodec.CODED_ULP:
         return encode_planes(payload_of(codec, base, new, dtype), level)
-    if base is None or not new.size:
+    assert base is not None
+    if not new.size:
         return 0, ()
     distances = payload_of(ValueCodec.ULP, base, new, dtype).astype(np.uint32) + np.uint32(1)
     return 0, ulp_coding.encode_distances(distances, ulp_coding.exponents_of(base, dtype))
@@ -609,7 +610,8 @@ def decode_distances(streams: Sequence[bytes], base: Words, dtype: DType) -> Byt
         FormatError: P-TABLE, P-CODE, P-TAIL.
     """
     tokens, low = streams
-    distances = ulp_coding.decode_distances(tokens, low, ulp_coding.exponents_of(base, dtype))
+    exponents = ulp_coding.exponents_of(base, dtype)
+    distances = ulp_coding.decode_distances(tokens, low, exponents, dtype.itemsize)
     payload = (distances - np.uint32(1)).astype(dtype.word)
     return np.ascontiguousarray(payload.view(np.uint8).reshape(-1, dtype.itemsize).T)
 

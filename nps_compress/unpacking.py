@@ -26,7 +26,7 @@ from nps_compress.checkpoint import (
     open_checkpoint,
 )
 from nps_compress.dtypes import Words, digest
-from nps_compress.errors import BaseMismatchError, InvalidArgumentError
+from nps_compress.errors import BaseMismatchError, FormatError, InvalidArgumentError
 from nps_compress.format.layout import Op
 from nps_compress.format.reader import NpsReader
 from nps_compress.format.records import BaseTensor, TensorEntry
@@ -189,7 +189,13 @@ def rebuilt(
 
     def run(entry: TensorEntry) -> tuple[TensorEntry, Words, bool]:
         base_name = task.base_tensor_name(entry.name)
-        words = task.rebuild_words(entry.name, base.read(base_name) if base_name else None)
+        before = base.read(base_name) if base_name else None
+        try:
+            words = task.rebuild_words(entry.name, before)
+        except FormatError as error:
+            if not task.depends_on_base(entry, error):
+                raise
+            raise _first_difference(task, base) or error from None
         return entry, words, task.matches(entry.name, words)
 
     largest = max(map(_nbytes, entries), default=0)
