@@ -273,7 +273,7 @@ reject("R-SHAPE-dtype", lambda f: assign(f.base[0], dtype=13))
 reject("R-COPY-digest", lambda f: assign(f.tensors[1], sha256=sha(b"")))
 for _what, _row, _codec in (
     ("none-for-delta", 0, NONE),
-    ("unknown", 0, 4),
+    ("unknown", 0, 5),
     ("quantised", 0, 19),
     ("copy", 1, REPLACE),
     ("new-none", 2, NONE),
