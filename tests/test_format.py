@@ -312,7 +312,7 @@ SETTINGS = [
     ("tensors", "base_index", 0, 2**32 - 1, "R-BASE"),
     ("tensors", "base_index", 2, 0, "R-BASE"),
     ("tensors", "value_codec", 0, 0, "R-VALUES"),
-    ("tensors", "value_codec", 0, 18, "R-VALUES"),
+    ("tensors", "value_codec", 0, 19, "R-VALUES"),
     ("tensors", "value_codec", 1, 1, "R-VALUES"),
     ("tensors", "value_codec", 2, 3, "R-VALUES"),
     ("tensors", "chunk_log2", 0, 9, "R-CHUNKLOG"),
