@@ -17,6 +17,7 @@ from nps_compress.errors import NpsError, SearchInterruptedError
 
 if TYPE_CHECKING:
     from nps_compress.bench.results import Report
+    from nps_compress.encoding import Level
     from nps_compress.packing import PackReport
     from nps_compress.prune import Rule
     from nps_compress.recipe import Recipe
@@ -194,6 +195,14 @@ def _recipe_options(function: F) -> F:
     help="Use the result of `nps-compress search`.",
 )
 @click.option("--lossless", is_flag=True, help="Keep every changed bit.")
+@click.option(
+    "--level",
+    type=click.Choice(["fast", "default", "max"]),
+    default="default",
+    show_default=True,
+    help="Time against size where values are stored exactly (--lossless, --prune magnitude and "
+    "random): fast is quickest to pack and unpack, max is smallest.",
+)
 @_force
 @_json
 @click.pass_context
@@ -206,6 +215,7 @@ def pack(
     retain: float | None,
     recipe_path: Path | None,
     lossless: bool,
+    level: Level,
     force: bool,
     as_json: bool,
     **options: Any,
@@ -252,6 +262,7 @@ def pack(
         calibration=calibration,
         search=_search_options(options),
         rules=rules,
+        level=level,
         force=force,
         progress=True,
     )

@@ -28,6 +28,16 @@ def draw_of(seed, position):  # type: ignore[no-untyped-def]
 
 
 @jit
+def short_draws(seed, start, out):  # type: ignore[no-untyped-def]
+    """:func:`short_draw` of the positions from ``start`` on, four in each element. out: [n] uint64.
+
+    start: a multiple of 4.
+    """
+    for i in range(out.size):
+        out[i] = _splitmix64(seed, (start >> 2) + i)
+
+
+@jit
 def short_draw(seed, position):  # type: ignore[no-untyped-def]
     """An integer below 65536: a quarter of the number that four positions share."""
     z = _splitmix64(seed, position >> 2)

@@ -180,8 +180,12 @@ def _contexts(rows, columns, first, start, out):  # type: ignore[no-untyped-def]
 @jit
 def _changes(rows, columns, steps, start, positions, levels, out):  # type: ignore[no-untyped-def]
     middle = steps.size // 2
+    row = start // columns.size
+    row_end = (row + 1) * columns.size - start
     for i in range(positions.size):
-        position = start + np.int64(positions[i])
-        row, column = position // columns.size, position % columns.size
+        while positions[i] >= row_end:
+            row += 1
+            row_end += columns.size
+        column = np.int64(positions[i]) - row_end + columns.size
         at = middle + np.int64(rows[row]) + np.int64(columns[column])
         out[i] = np.float32(np.float32(levels[i]) * steps[at])

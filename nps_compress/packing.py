@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import numpy as np
-import numpy.typing as npt
 
 from nps_compress import __version__
 from nps_compress._progress import bar
 from nps_compress._threads import bounded_map
 from nps_compress.atomic import atomic_file, refuse_existing, refuse_input_as_output
-from nps_compress.candidates import SLICE, Loaded, Pruner, kind_of
+from nps_compress.candidates import Pruner
 from nps_compress.checkpoint import Checkpoint, Pair, open_checkpoint, pair
-from nps_compress.codecs import EncodedChunk, ValueCodec, best_value_codec, encode_chunk
-from nps_compress.distortion import Distortion, distortion, total
-from nps_compress.dtypes import DType, Words, digest
+from nps_compress.distortion import Distortion, total
+from nps_compress.encoding import Encoded, Level, effort_of, encode_tensor, identify
 from nps_compress.errors import BaseMismatchError, InvalidArgumentError
-from nps_compress.format.layout import MIN_CHUNK_LOG2, Op
-from nps_compress.format.records import BaseTensor, TensorEntry, base_root, printable
+from nps_compress.format.records import base_root, printable
 from nps_compress.format.writer import NpsWriter, check_name
 from nps_compress.genotype import check_genes
-from nps_compress.grid_codec import GridParameters, encode_grid
-from nps_compress.prune import Levels, Rule, Selection
+from nps_compress.prune import Rule
 from nps_compress.recipe import DEFAULT_RULE, Recipe, default_density, default_importance
 from nps_compress.reconstruct import BASE_NAME_KEY, FINETUNED_NAME_KEY
 from nps_compress.report import Quality, errors_to_metadata
@@ -39,20 +32,10 @@ from nps_compress.searching import (
     input_files,
     memory_budget,
 )
-from nps_compress.sign_codec import (
-    encode_levels,
-    encode_signs,
-    levels_parameters,
-    parameter_chunk,
-)
 
 # Side files up to this size are stored even where the base has the same: a config is often
 # rewritten when a base is saved again, a vocabulary hardly ever.
 ALWAYS_STORED_BYTES = 16 * 1024
-_KEPT_PER_CHUNK = 16384  # enough that a frame's header and a record cost under 1 %
-_NEW_CHUNK_LOG2 = 20
-_MAX_EXAMINED_PER_KEPT = 1024
-_FACTORS_PAY = 50  # where the rest of a tensor takes so many times their bytes, they surely do
 RETAIN_RULES: tuple[Rule, ...] = ("signs", "sampled")
 
 
@@ -101,6 +84,7 @@ def pack(
     calibration: str | Path | None = None,
     search: SearchOptions | None = None,
     rules: Sequence[Rule] = (),
+    level: Level = "default",
     force: bool = False,
     progress: bool = False,
 ) -> PackReport:
@@ -111,8 +95,10 @@ def pack(
     first, as ``search`` says. ``retain`` asks for a share of the fine-tune's quality
     instead of a density, measured by ``search.fitness`` (default: what people judge such a model
     by); of the ``rules`` (default: RETAIN_RULES) the one that needs the least density is taken.
-    ``lossless`` keeps every changed bit. Tensors that only the fine-tune has, or whose shape or
-    kind rules pruning out, are kept exactly, as are small ones where that costs under 1 %.
+    ``lossless`` keeps every changed bit. ``level``: the time that exact values may take to encode,
+    and a reader to decode: ``fast``, ``default`` or ``max``, which is smallest. Tensors that only
+    the fine-tune has, or whose shape or kind rules pruning out, are kept exactly, as are small ones
+    where that costs under 1 %.
 
     Raises:
         OutputExistsError, CheckpointError, CalibrationError, InvalidArgumentError, RecipeError,
@@ -120,6 +106,7 @@ def pack(
     """
     out = Path(out)
     refuse_existing(out, force)
+    effort_of(level)
     if lossless and (recipe is not None or calibration is not None or retain is not None):
         raise InvalidArgumentError("lossless", True, "used without recipe, calibration and retain")
     options = search or SearchOptions()
@@ -148,7 +135,7 @@ def pack(
     if pruner and job:
         quality = job.run(pruner, progress)
     metadata = quality.to_metadata() if quality else {}
-    report = write(pair_, pruner, out, metadata, force, progress)
+    report = write(pair_, pruner, out, metadata, force, progress, level=level)
     if job:
         delete(job.states)
     return replace(report, quality=quality)
@@ -165,14 +152,6 @@ def default_recipe(calibrated: bool) -> Recipe:
     return Recipe.with_subspaces(8 if calibrated else 1, "tail", **options)
 
 
-@dataclass(frozen=True)
-class _Encoded:
-    entry: TensorEntry
-    chunks: list[EncodedChunk]
-    base: BaseTensor | None
-    distortion: Distortion = Distortion()  # noqa: RUF009
-
-
 def write(
     pair_: Pair,
     pruner: Pruner | None,
@@ -181,6 +160,7 @@ def write(
     force: bool,
     progress: bool,
     required_base_root: str | None = None,
+    level: Level = "default",
 ) -> PackReport:
     """Write a paired fine-tune, pruned or (pruner None) with every changed bit.
 
@@ -190,14 +170,15 @@ def write(
         OutputExistsError, CheckpointError, WriteError.
         BaseMismatchError: the base has another root than is required.
     """
-    base, finetuned = pair_.base, pair_.finetuned
+    base, finetuned, effort = pair_.base, pair_.finetuned, effort_of(level)
     base_index = {name: index for index, name in enumerate(base.tensors)}
     selection = pruner.selection() if pruner else None
     groups = pruner.pruned_groups() if pruner else []
     prunable = {name for name in pruner.names if pruner.group(name) in groups} if pruner else set()
 
-    def encode(name: str) -> _Encoded:
-        return _encode(pair_, name, pruner if name in prunable else None, selection, base_index)
+    def encode(name: str) -> Encoded:
+        chosen = pruner if name in prunable else None
+        return encode_tensor(pair_, name, chosen, selection, base_index, effort)
 
     said = {BASE_NAME_KEY: base.name, FINETUNED_NAME_KEY: finetuned.name}
     said["tool"] = f"nps-compress {__version__}"
@@ -226,7 +207,7 @@ def write(
                 writer.add_base_file(name, data)
             else:
                 writer.add_file(name, data)
-        table = [known.get(name) or _identify(base, name, base.read(name)) for name in base.tensors]
+        table = [known.get(name) or identify(base, name, base.read(name)) for name in base.tensors]
         root = base_root(table).hex()
         if required_base_root not in (None, root):
             made_from = metadata.get(BASE_NAME_KEY, "unnamed base")
@@ -246,136 +227,6 @@ def write(
         pruner.recipe if pruner else None,
         relative_error=overall,
     )
-
-
-def _encode(
-    pair_: Pair,
-    name: str,
-    pruner: Pruner | None,
-    selection: Selection | None,
-    base_index: dict[str, int],
-) -> _Encoded:
-    stored = pair_.finetuned.tensors[name]
-    base_name = pair_.base_of.get(name)
-    base_dtype = pair_.base.tensors[base_name].dtype if base_name else None
-    if base_name is None or (pruner is None and base_dtype != stored.dtype):
-        return _encode_new(name, stored.dtype, stored.shape, pair_.finetuned.read(name))
-    assert base_dtype is not None
-    moved, multiples = Distortion(), None
-    kind = kind_of(pruner.recipe.prune) if pruner else "exact"
-    if pruner:
-        loaded = pruner.load(name)
-        before = loaded[0]
-        if kind == "grid":
-            multiples = np.zeros(before.size, np.int16)
-        after = pruner.prune(name, loaded, selection, multiples)
-        moved = distortion(*loaded, after)
-    else:
-        before, after = pair_.base.read(base_name), pair_.finetuned.read(name)
-    identity = _identify(pair_.base, base_name, before)
-    changed = sum(
-        int(np.count_nonzero(before[start : start + SLICE] != after[start : start + SLICE]))
-        for start in range(0, before.size, SLICE)
-    )
-    op, codec, chunk_log2 = Op.COPY, ValueCodec.NONE, 0
-    chunks: list[EncodedChunk] = []
-    # Where fewer are kept, positions cost less than a factor for each row and column, and a reader
-    # would draw or decode more than the format allows.
-    if pruner and kind != "exact" and changed * _MAX_EXAMINED_PER_KEPT >= before.size > 0:
-        levels = pruner.levels(name, loaded)
-        if levels is not None:
-            codec, chunk_log2, chunks = _encode_levels(*levels)
-        elif multiples is None:
-            codec, chunk_log2, chunks = _encode_signs(pruner, name, loaded, changed, selection)
-        else:
-            found = pruner.grid_parameters(name, loaded, selection)
-            if found:
-                codec, chunk_log2, chunks = _encode_grid(found, multiples, changed)
-    if chunks:
-        op = Op.DELTA
-    elif changed:
-        op, chunk_log2 = Op.DELTA, _chunk_log2(before.size, changed)
-        size = 1 << chunk_log2
-        parts = [slice(start, start + size) for start in range(0, before.size, size)]
-        middle = parts[len(parts) // 2]
-        codec = best_value_codec(before[middle], after[middle], base_dtype)
-        chunks = [encode_chunk(before[part], after[part], base_dtype, codec) for part in parts]
-    sha256 = digest(after)
-    entry = TensorEntry(
-        name, base_dtype, stored.shape, op, codec, chunk_log2, base_index[base_name], sha256
-    )
-    return _Encoded(entry, chunks, identity, moved)
-
-
-_Streams = tuple[ValueCodec, int, list[EncodedChunk]]  # chunks are of 2^(the number) elements
-
-
-def _encode_levels(exponent: int, levels: npt.NDArray[np.int8]) -> _Streams:
-    """A small tensor. levels: [numel]."""
-    log2 = _chunk_log2(levels.size, levels.size)
-    parts = (slice(start, start + (1 << log2)) for start in range(0, levels.size, 1 << log2))
-    first = parameter_chunk(levels_parameters(exponent))
-    return ValueCodec.LEVELS, log2, [first, *(encode_levels(levels[part]) for part in parts)]
-
-
-def _encode_signs(
-    pruner: Pruner, name: str, loaded: Loaded, changed: int, selection: Selection | None
-) -> _Streams:
-    """A tensor as signs."""
-    numel = loaded[0].size
-    parameters = pruner.sign_parameters(name, loaded, selection)
-    log2 = _chunk_log2(numel, max(1, changed // 8))  # of bits
-    chunks = [parameter_chunk(parameters.to_bytes())]
-    for start in range(0, numel, 1 << log2):
-        part = slice(start, min(start + (1 << log2), numel))
-        signed, _ = pruner.changes(name, loaded, part, for_signs=True)
-        chunks.append(encode_signs(parameters, start, signed))
-    return ValueCodec.SIGNS, log2, chunks
-
-
-def _encode_grid(parameters: Sequence[GridParameters], multiples: Levels, changed: int) -> _Streams:
-    """A tensor as multiples of a step, with whichever parameters make that smallest."""
-    log2 = _chunk_log2(multiples.size, max(1, changed // 8))
-    best: list[EncodedChunk] = []
-    for each in parameters:
-        chunks = [parameter_chunk(each.to_bytes())]
-        factors = len(chunks[0].data)
-        for start in range(0, multiples.size, 1 << log2):
-            chunks.append(encode_grid(each, start, multiples[start : start + (1 << log2)]))
-        if not best or _stored_bytes(chunks) < _stored_bytes(best):
-            best = chunks
-        if factors * _FACTORS_PAY <= _stored_bytes(chunks):
-            break
-    return ValueCodec.GRID, log2, best
-
-
-def _stored_bytes(chunks: Sequence[EncodedChunk]) -> int:
-    return sum(len(chunk.data) for chunk in chunks)
-
-
-def _encode_new(name: str, dtype: DType, shape: tuple[int, ...], words: Words) -> _Encoded:
-    size = 1 << _NEW_CHUNK_LOG2
-    chunks = [
-        encode_chunk(None, words[start : start + size], dtype, ValueCodec.REPLACE)
-        for start in range(0, words.size, size)
-    ]
-    sha256 = digest(words)
-    entry = TensorEntry(
-        name, dtype, shape, Op.NEW, ValueCodec.REPLACE, _NEW_CHUNK_LOG2, None, sha256
-    )
-    return _Encoded(entry, chunks, None)
-
-
-def _identify(base: Checkpoint, name: str, words: Words) -> BaseTensor:
-    tensor = base.tensors[name]
-    return BaseTensor(name, tensor.dtype, tensor.shape, digest(words))
-
-
-def _chunk_log2(numel: int, changed: int) -> int:
-    """Chunks that keep about ``_KEPT_PER_CHUNK`` elements: 2^18 to 2^22, or the tensor."""
-    wanted = math.ceil(math.log2(_KEPT_PER_CHUNK * numel / changed))
-    needed = max(MIN_CHUNK_LOG2, math.ceil(math.log2(numel))) if numel > 1 else MIN_CHUNK_LOG2
-    return min(max(wanted, 18), 22, needed)
 
 
 def _side_files(base: Checkpoint, finetuned: Checkpoint) -> Iterator[tuple[str, bytes, bool]]:

@@ -203,25 +203,20 @@ class Task:
             before = torch_words.to_numpy(torch_words.words_of(base))
             try:
                 words = self.rebuild_words(name, before, in_place=False, threads=workers())
-            except FormatError as error:
-                if self.depends_on_base(entry, error):
-                    self._refuse_other_values(name, before)
+            except FormatError:  # distances don't decode with another base
+                self._check_base(name, before)
                 raise
             tensor = torch_words.from_numpy(words, entry.dtype, entry.shape).to(base.device)
         if verify and not self.matches(name, words):
-            self._refuse_other_values(name, torch_words.to_numpy(torch_words.words_of(base)))
+            self._check_base(name, torch_words.to_numpy(torch_words.words_of(base)))
             raise self.damaged(name)
         return tensor
 
-    def depends_on_base(self, entry: TensorEntry, error: FormatError) -> bool:
-        """Whether the tensor may have been refused because the base is another one."""
-        of_distances = error.rule in ("P-TABLE", "P-CODE", "P-TAIL")
-        return entry.value_codec is ValueCodec.CODED_ULP and of_distances
-
-    def _refuse_other_values(self, name: str, base: Words) -> None:
+    def _check_base(self, name: str, words: Words) -> None:
+        """Raise BaseMismatchError where these are not the base tensor's values. words: [numel]."""
         index = self.entry(name).base_index
         assert index is not None
-        if digest(base) != self.reader.base[index].sha256:
+        if digest(words) != self.reader.base[index].sha256:
             raise self._wrong_base(name, "has other values")
 
     def _wrong_base(self, name: str, difference: str) -> BaseMismatchError:

@@ -25,7 +25,7 @@ from nps_compress.codecs import (
     compress_if_smaller,
     drawing_work,
 )
-from nps_compress.draws import LEVELS, short_draw
+from nps_compress.draws import LEVELS, short_draws
 from nps_compress.dtypes import DType, Words, round_float32, to_float32
 from nps_compress.errors import FormatError
 from nps_compress.rank_one import LARGEST as LARGEST_EXPONENT
@@ -33,6 +33,7 @@ from nps_compress.rank_one import POWERS, ZERO, RankOne, power
 from nps_compress.rounding import DROPPED_BITS, LARGEST, rounded
 
 SUBSPACES = 64
+_BLOCK = 4096  # draws held at once: in the nearest cache
 LEVELS_PARAMETER_BYTES = 2
 _HEAD, _SUBSPACE = struct.Struct("<QfHH"), struct.Struct("<hHfd")
 _NEVER = -128  # the stored exponent of the factor 0
@@ -134,7 +135,7 @@ class SignParameters:
 
     def drawn(self, start: int, stop: int) -> Positions:
         """Elements kept among ``start`` to ``stop``, ascending, counted from ``start``."""
-        positions = np.empty(stop - start, np.uint32)
+        positions = np.empty(stop - start + 1, np.uint32)  # one more, which is written and not kept
         score = self._score
         levels, seed = self._tables[0], np.uint64(self.seed)
         found = _drawn(score.rows, score.columns, levels, seed, start, stop, positions)
@@ -242,9 +243,14 @@ def add_changes(
     An element whose sum is its base's value, or is not finite, keeps the base's word. changes:
     [nnz]; base, out: [n] words, which may be the same.
     """
+    dropped, largest = np.uint32(DROPPED_BITS[dtype.name]), np.float32(LARGEST[dtype.name])
+    if dtype.name == "BF16":
+        if out is not base:
+            np.copyto(out, base)
+        _add_to_bf16(positions, changes, dropped, largest, out)
+        return
     before = to_float32(base[positions], dtype)
     values = np.empty(positions.size, np.float32)
-    dropped, largest = np.uint32(DROPPED_BITS[dtype.name]), np.float32(LARGEST[dtype.name])
     moved = np.empty(positions.size, np.int64)
     found = _moved(before, changes, dropped, largest, values, moved)
     if out is not base:
@@ -254,17 +260,28 @@ def add_changes(
 
 @jit
 def _drawn(rows, columns, levels, seed, start, stop, positions):  # type: ignore[no-untyped-def]
+    # The first level is for what is never kept, so that no element needs a branch of its own.
+    levels_from_0 = np.zeros(levels.size + 1, np.int64)
+    levels_from_0[1:] = levels
+    middle = levels.size // 2 + 1
+    numbers = np.empty(_BLOCK // 4, np.uint64)
+    draws = numbers.view(np.uint16)
     row, column = start // columns.size, start % columns.size
-    middle = levels.size // 2
     found = 0
-    for position in range(start, stop):
-        at = middle + np.int64(rows[row]) + np.int64(columns[column])
-        column += 1
-        if column == columns.size:
-            row, column = row + 1, 0
-        if at >= 0 and short_draw(seed, position) < levels[at]:
-            positions[found] = position - start
-            found += 1
+    for block in range(start - start % 4, stop, _BLOCK):
+        short_draws(seed, block, numbers)
+        position, end = max(block, start), min(block + _BLOCK, stop)
+        while position < end:
+            run = min(end - position, columns.size - column)
+            of_row = middle + np.int64(rows[row])
+            for i in range(run):
+                at = max(of_row + np.int64(columns[column + i]), 0)
+                positions[found] = position + i - start
+                found += int(np.int64(draws[position + i - block]) < levels_from_0[at])
+            position += run
+            column += run
+            if column == columns.size:
+                row, column = row + 1, 0
     return found
 
 
@@ -273,13 +290,28 @@ def _changes(  # type: ignore[no-untyped-def]
     rows, columns, own_rows, own_columns, sizes, factors, start, positions, minus, changes
 ):
     middle = sizes.size // 2
+    row = start // columns.size
+    row_end = (row + 1) * columns.size - start
     for i in range(positions.size):
-        position = start + np.int64(positions[i])
-        row, column = position // columns.size, position % columns.size
+        while positions[i] >= row_end:
+            row += 1
+            row_end += columns.size
+        column = np.int64(positions[i]) - row_end + columns.size
         score = middle + np.int64(rows[row]) + np.int64(columns[column])
         size = middle + np.int64(own_rows[row]) + np.int64(own_columns[column])
         change = np.float32(sizes[size] * factors[score])
         changes[i] = -change if minus[i] else change
+
+
+@jit
+def _add_to_bf16(positions, changes, dropped, largest, words):  # type: ignore[no-untyped-def]
+    """As _moved, and what follows it, in one pass."""
+    for i in range(positions.size):
+        before = np.uint32(np.uint32(words[positions[i]]) << np.uint32(16)).view(np.float32)
+        value = rounded(before + changes[i], dropped)
+        if value == before or not abs(value) <= largest or not abs(before) <= largest:
+            continue
+        words[positions[i]] = np.uint16(np.float32(value).view(np.uint32) >> np.uint32(16))
 
 
 @jit

@@ -173,13 +173,12 @@ def _tokenise(distances, exponents, tokens, counts, low):  # type: ignore[no-unt
     at = 0
     for i in range(distances.size):
         distance = np.uint64(distances[i])
-        length = np.uint64(0)
-        while distance >> length:
-            length += np.uint64(1)
         token = np.uint64(0)
-        if length > 1:
-            rest = length - np.uint64(2)
-            token = np.uint64(2) * (length - np.uint64(1)) + ((distance >> rest) & np.uint64(1))
+        if distance > 1:
+            # The exponent of a float64 counts the bits below the leading one.
+            below = (np.float64(distance).view(np.uint64) >> np.uint64(52)) - np.uint64(1023)
+            rest = below - np.uint64(1)
+            token = np.uint64(2) * below + ((distance >> rest) & np.uint64(1))
             held |= (distance & ((np.uint64(1) << rest) - np.uint64(1))) << have
             have += rest
             while have >= 8:

@@ -192,9 +192,7 @@ def rebuilt(
         before = base.read(base_name) if base_name else None
         try:
             words = task.rebuild_words(entry.name, before)
-        except FormatError as error:
-            if not task.depends_on_base(entry, error):
-                raise
+        except FormatError as error:  # distances don't decode with another base
             raise _first_difference(task, base) or error from None
         return entry, words, task.matches(entry.name, words)
 

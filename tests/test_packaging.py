@@ -70,6 +70,7 @@ ORDER = [
     "live",
     "evaluator",
     "searching",
+    "encoding",
     "packing",
     "unpacking",
     "sparse_safetensors",
