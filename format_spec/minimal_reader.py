@@ -8,6 +8,7 @@ import shutil
 import struct
 import sys
 import zlib
+from bisect import bisect_right
 from collections.abc import Iterator
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -27,10 +28,11 @@ SUBSPACE = np.dtype("<i2, <u2, <f4, <f8")
 NAMES = "BOOL U8 I8 U16 I16 U32 I32 U64 I64 F8_E4M3 F8_E5M2 F8_E8M0 F16 BF16 F32 F64 C64".split()
 WIDTHS = dict(zip(NAMES, (1, 1, 1, 2, 2, 4, 4, 8, 8, 1, 1, 1, 2, 2, 4, 8, 8), strict=True))
 COPY, DELTA, NEW = OPS = 1, 2, 3
-REPLACE, XOR, ULP, SIGNS, LEVELS, GRID = 1, 2, 3, 16, 17, 18
+REPLACE, XOR, ULP, CODED_ULP, SIGNS, LEVELS, GRID = 1, 2, 3, 4, 16, 17, 18
 EMPTY, FULL, BITMASK, GAP8, GAP16 = range(5)
 DRAWN, PARAMETERS, CODED = 7, 8, 9
 NO_BASE = 0xFFFFFFFF
+EXPONENT_AT = {"F16": (10, 31), "BF16": (7, 255), "F32": (23, 255)}  # section 6.6
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 BaseDict = dict[str, tuple[str, tuple[int, ...], bytes]]
@@ -147,7 +149,7 @@ def parse_record(record: Record, row: tuple, base: list[Record] | None, first: i
     check(not has_base or op != COPY or not any(sha256), "R-COPY", name)
     is_float = dtype in ("F16", "BF16", "F32", "F64")
     changing = (REPLACE, XOR) + (ULP,) * is_float
-    changing += (SIGNS, LEVELS, GRID) * (is_float and dtype != "F64")
+    changing += (CODED_ULP, SIGNS, LEVELS, GRID) * (dtype in EXPONENT_AT)
     check(codec in {COPY: (0,), NEW: (REPLACE,), DELTA: changing}[op], "R-VALUES", name)
     check(log2 == 0 if op == COPY else 10 <= log2 <= 24, "R-CHUNKLOG", name)
     count = 0 if op == COPY else -(-math.prod(shape) >> log2) + (codec >= SIGNS)
@@ -183,10 +185,16 @@ def chunk_starts(table: memoryview, records: list[Record], index_offset: int) ->
     more = [(n - nnz) // 255, (n - nnz) // 65535 * 2, 60 * n, 16 * 63]
     high = low + np.select(kinds[1:5], more)
     step = np.select(kinds[2:5], [2, 4, 16], 1)
-    used = np.select([place < 0, values >= SIGNS], [0, 1], width)  # planes that hold anything
+    distances = values == CODED_ULP
+    # Planes of a size that nnz implies.
+    used = np.select([(place < 0) | distances, values >= SIGNS], [0, 1], width)
     size = np.where(has_bits, (nnz + 7) // 8, nnz)
-    bad_size = np.zeros(len(words), bool)
-    streams = [(np.where(i < used, size, 0), planes_z >> i & 1, planes[i]) for i in range(8)]
+    tokens, low_bits = planes[:2]
+    good_size = (tokens >= 22) & (tokens <= 8401 + 2 * nnz)
+    good_size &= low_bits <= (nnz * (8 * width - 2) + 7) // 8
+    bad_size = distances & ~np.where(nnz > 0, good_size, tokens + low_bits == 0)
+    wholes = [np.where(i < used, size, distances * planes[i] * (i < 2)) for i in range(8)]
+    streams = [(wholes[i], planes_z >> i & 1, planes[i]) for i in range(8)]
     for whole, is_frame, stored in [(raw, mask_z, mask_stored), *streams]:
         bad_frame = (stored >= whole) | (stored * 32768 < whole)
         bad_size |= np.where(is_frame != 0, bad_frame, stored != whole)
@@ -202,9 +210,10 @@ def chunk_starts(table: memoryview, records: list[Record], index_offset: int) ->
         check(not bad.any(), rule, f"chunk record {np.flatnonzero(bad)[:1]}")
     starts = np.cumsum(np.append(64, (mask_stored + sum(planes) + 7) // 8 * 8))
     check(starts[-1] == index_offset, "C-LAYOUT", f"chunks end at {starts[-1]}")
-    work = np.select([codec == DRAWN, codec == CODED], [n // 32, n // 8 + 4 * nnz])
-    raw = raw + size * used + work
-    total, limit = int(raw.sum()), 256 * (index_offset - 64) + (1 << 26)
+    tables = 512 * np.clip((tokens - 17) // 5, 0, 64)
+    works = [n // 32, n // 8 + 4 * nnz, (nnz > 0) * (tables + width * nnz)]
+    work = np.select([codec == DRAWN, codec == CODED, distances], works)
+    total, limit = int((raw + sum(wholes) + work).sum()), 256 * (index_offset - 64) + (1 << 26)
     check(total <= limit, "C-EXPANSION", f"{total} bytes decoded, {limit} allowed")
     return starts
 
@@ -353,6 +362,61 @@ def step(
     return kept, signed(change, plane, what)
 
 
+def parse_contexts(stream: bytes, most: int, what: str) -> tuple[list[int], list, int]:
+    """Section 6.6: of each context its first exponent, and its tokens' starts; the table's size.
+
+    Starts are of all tokens, and of the one behind the last. most: tokens that a dtype has.
+    """
+    firsts, contexts, at = [-1], [], 1
+    check(1 <= stream[0] <= 64, "P-TABLE", what)
+    for _ in range(stream[0]):
+        check(at + 3 <= len(stream), "P-TABLE", what)
+        first, token, count = stream[at : at + 3]
+        start, at = at + 3, at + 3 + 2 * count
+        good = first > firsts[-1] if contexts else first == 0
+        good &= count >= 1 and token + count <= most and at <= len(stream)
+        check(good, "P-TABLE", what)
+        shares = np.frombuffer(stream, "<u2", count, start).tolist()
+        good = sum(shares) == 4096 and min(shares[0], shares[-1]) > 0
+        shares = [0] * token + shares
+        check(good and not any(shares[1:2]), "P-TABLE", what)
+        firsts.append(first)
+        contexts.append(list(accumulate(shares, initial=0)))
+    return firsts[1:], contexts, at
+
+
+def decode_distances(dtype: str, stream: bytes, low: bytes, b: list[int], what: str) -> list[int]:
+    """Section 6.6: the payload words, p = z - 1. b: the base's words that are kept."""
+    shift, field = EXPONENT_AT[dtype]
+    firsts, contexts, at = parse_contexts(stream, 16 * WIDTHS[dtype], what)
+    check((len(stream) - at) % 2 == 0 and len(stream) - at >= 16, "P-TABLE", what)
+    states = list(struct.unpack_from("<4I", stream, at))
+    check(min(states) >= 1 << 16, "P-CODE", what)
+    words = iter(np.frombuffer(stream, "<u2", offset=at + 16).tolist())
+    found, bit = [], 0
+    for t, word in enumerate(b):
+        starts = contexts[bisect_right(firsts, word >> shift & field) - 1]
+        q, r = divmod(states[t % 4], 4096)
+        token = bisect_right(starts, r) - 1
+        x = (starts[token + 1] - starts[token]) * q + r - starts[token]
+        if x < 1 << 16:
+            more = next(words, None)
+            check(more is not None, "P-CODE", what)
+            x = x << 16 | more
+        states[t % 4] = x
+        count = max(token // 2 - 1, 0)
+        check(bit + count <= 8 * len(low), "P-TAIL", what)
+        z = 1 if token == 0 else 2 + token % 2
+        window = int.from_bytes(low[bit // 8 : (bit + count + 7) // 8], "little")
+        z = z << count | window >> bit % 8 & (1 << count) - 1
+        found.append(z - 1)
+        bit += count
+    left = int.from_bytes(low[bit // 8 :], "little") >> bit % 8
+    check((bit + 7) // 8 == len(low) and left == 0, "P-TAIL", what)
+    check(next(words, None) is None and states == [1 << 16] * 4, "P-CODE", what)
+    return found
+
+
 @np.errstate(all="ignore")
 def apply_change(dtype: str, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     """Section 6.1: words changed by float32 numbers."""
@@ -374,7 +438,7 @@ def apply_payload(record: Record, b: np.ndarray, p: np.ndarray) -> np.ndarray:
     """Section 6. Unsigned arrays wrap around, as it asks."""
     if record.value_codec >= SIGNS:
         return apply_change(record.dtype, b, p)
-    if record.value_codec != ULP:
+    if record.value_codec not in (ULP, CODED_ULP):
         return b ^ p if record.value_codec == XOR else p
     low, z = (1 << (8 * p.itemsize - 1)) - 1, p + 1
     v = np.where(b > low, b ^ low, b) + ((z >> 1) ^ -(z & 1))
@@ -449,8 +513,13 @@ class Nps:
         check(hashlib.sha256(index).digest() == sha256, "I-DIGEST", "the index is damaged")
         return memoryview(inflate(index, raw, "I-ZSTD", "index")) if how else index, offset
 
-    def _chunks(self, record: Record) -> Iterator[tuple[slice, Kept, np.ndarray]]:
-        """Each chunk's place in the tensor, the elements kept in it, and its payload."""
+    def _chunks(
+        self, record: Record, words: np.ndarray | None = None
+    ) -> Iterator[tuple[slice, Kept, np.ndarray]]:
+        """Each chunk's place in the tensor, the elements kept in it, and its payload.
+
+        words: the base's, without which coded distances have no payload.
+        """
         width, numel = WIDTHS[record.dtype], math.prod(record.shape)
         for i, number in enumerate(record.chunks, -1 if record.value_codec >= SIGNS else 0):
             what = f"{record.name}, chunk {i}" if i >= 0 else f"{record.name}, parameters"
@@ -480,6 +549,13 @@ class Nps:
                 yield place, kept, np.zeros(0, np.float32)
             elif record.value_codec == LEVELS:
                 yield place, kept, streams[1].view(np.int8).astype(np.float32) * parameters
+            elif record.value_codec == CODED_ULP:
+                payload = []
+                if words is not None and nnz:
+                    tokens, low = bytes(streams[1]), bytes(streams[2])
+                    b = words[place][kept].tolist()
+                    payload = decode_distances(record.dtype, tokens, low, b, what)
+                yield place, kept, np.array(payload, f"<u{width}")
             else:
                 yield place, kept, np.stack(streams[1:], axis=1).reshape(-1).view(f"<u{width}")
 
@@ -489,7 +565,7 @@ class Nps:
             content = b"".join(payload for _, _, payload in self._chunks(record))
         else:
             words = np.frombuffer(base, f"<u{WIDTHS[record.dtype]}").copy()
-            for place, kept, payload in self._chunks(record):
+            for place, kept, payload in self._chunks(record, words):
                 part = words[place]
                 part[kept] = apply_payload(record, part[kept], payload)
             content = words.tobytes()

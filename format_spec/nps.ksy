@@ -1,8 +1,8 @@
 # What a parser generated from this file checks is marked with the rule of section 8 of
 # format_spec/SPEC.md. What it cannot check: CRC-32s and digests (H-CRC, T-CRC, I-DIGEST, P-DIGEST,
 # D-DIGEST), the JSON of the metadata (M-JSON, M-KEYS), and the chunks' streams, which stay as they
-# are stored (P-ZSTD, P-GAP, P-CODE, P-POPCOUNT, P-TAIL, P-ESCAPE); parameters alone are read. A generated
-# parser stops at a broken rule, not necessarily at the first one in the order of section 8.
+# are stored (P-ZSTD, P-GAP, P-CODE, P-POPCOUNT, P-TAIL, P-ESCAPE); parameters and the contexts of
+# distances alone are read. A generated parser stops at a broken rule, not necessarily at the first one in the order of section 8.
 #
 # Fields of `size: 0` are checks: they read nothing. `seq` of `nps` reads everything, so that a
 # parser that has returned has checked everything.
@@ -306,7 +306,8 @@ types:
             : _ == value_codec::replace or _ == value_codec::xor
               or (_ == value_codec::ulp and (dtype == dtype::f16 or dtype == dtype::bf16
                                              or dtype == dtype::f32 or dtype == dtype::f64))
-              or ((_ == value_codec::signs or _ == value_codec::levels or _ == value_codec::grid)
+              or ((_ == value_codec::coded_ulp or _ == value_codec::signs
+                   or _ == value_codec::levels or _ == value_codec::grid)
                   and (dtype == dtype::f16 or dtype == dtype::bf16 or dtype == dtype::f32))
           # R-VALUES
       - id: chunk_log2
@@ -364,6 +365,9 @@ types:
         value: value_codec == value_codec::signs
       is_grid:
         value: value_codec == value_codec::grid
+      is_coded_ulp:
+        value: value_codec == value_codec::coded_ulp
+        doc: Plane 0 holds tokens of distances, plane 1 their low bits.
       has_bits:
         value: is_signs or is_grid
         doc: Plane 0 holds a bit, which is a sign, for every kept element.
@@ -507,7 +511,7 @@ types:
       - id: planes_compressed
         type: u1
         valid:
-          max: 'tensor.has_bits ? 0 : (1 << planes) - 1'  # C-FLAGS
+          max: 'tensor.has_bits or tensor.is_coded_ulp ? 0 : (1 << planes) - 1'  # C-FLAGS
         doc: Bit i is 1 where plane i is a zstd frame.
       - id: reserved
         contents: [0]  # C-FLAGS
@@ -546,6 +550,9 @@ types:
         valid:
           expr: |
             _index >= planes ? _ == 0
+            : tensor.is_coded_ulp ? (nnz == 0 ? _ == 0
+                                     : _index == 0 ? _ >= 22 and _ <= 8401 + 2 * nnz
+                                     : _ <= (nnz * (8 * tensor.width - 2) + 7) / 8)
             : ((planes_compressed >> _index) & 1) == 0 ? _ == plane_raw_bytes
             : _ < plane_raw_bytes and _ * 32768 >= plane_raw_bytes
           # C-STORED
@@ -573,18 +580,32 @@ types:
         value: 2 * (tensor.rows + tensor.columns)
         doc: Number of exponents among the parameters of signs or of a grid, of one byte each.
       planes:
-        value: 'is_parameters ? 0 : tensor.has_parameters ? 1 : tensor.width'
+        value: |
+          is_parameters ? 0 : tensor.has_parameters ? 1 : tensor.is_coded_ulp ? 2 : tensor.width
         doc: Number of planes; those from here to the dtype's width on are empty.
       plane_raw_bytes:
         value: 'tensor.has_bits ? (nnz + 7) / 8 : nnz'
+        doc: Not of coded distances.
+      planes_raw_bytes:
+        value: |
+          tensor.is_coded_ulp ? plane_stored_bytes[0] + plane_stored_bytes[1]
+          : planes * plane_raw_bytes
+      has_distances:
+        value: tensor.is_coded_ulp and nnz > 0
+      most_contexts:
+        value: 'plane_stored_bytes[0] < 337 ? (plane_stored_bytes[0] - 17) / 5 : 64'
+        doc: Contexts of distances for which plane 0 may have room.
       work:
         value: |
           mask_codec == mask_codec::drawn ? elements / 32
           : mask_codec == mask_codec::coded ? elements / 8 + 4 * nnz
+          : has_distances ? 512 * most_contexts + nnz * tensor.width
           : 0
-        doc: What finding out which elements are kept counts as, in bytes.
+        doc: |
+          What finding out which elements are kept, or how large their distances are, counts as, in
+          bytes.
       end_raw_bytes:
-        value: raw_bytes + mask_raw_bytes + planes * plane_raw_bytes + work
+        value: raw_bytes + mask_raw_bytes + planes_raw_bytes + work
 
   heap:
     doc: |
@@ -735,10 +756,19 @@ types:
         size: record.mask_stored_bytes
         type: levels_parameters
         if: record.is_parameters and not record.tensor.has_bits
+      - id: tokens
+        size: record.plane_stored_bytes[0]
+        type: tokens(record)
+        if: record.has_distances
+        doc: Plane 0 of coded distances.
+      - id: low_bits
+        size: record.plane_stored_bytes[1]
+        if: record.has_distances
+        doc: Plane 1 of coded distances, the bits below those that tokens say.
       - id: planes
         size: record.plane_stored_bytes[_index]
         repeat: expr
-        repeat-expr: record.tensor.width
+        repeat-expr: 'record.tensor.is_coded_ulp ? 0 : record.tensor.width'
         doc: |
           Plane i holds byte i of the payload word of every kept element; it is a zstd frame where
           bit i of record.planes_compressed is 1. In signs and grids plane 0 holds a bit for every
@@ -757,6 +787,84 @@ types:
       grid:
         value: 'record.mask_compressed == 0 ? grid_raw : grid_zstd'
         if: record.is_parameters and record.tensor.is_grid
+
+  tokens:
+    doc: |
+      How often each token occurs, by the exponent of the base's word; then words of 16 bits, the
+      first eight of which are the four states.
+    doc-ref: 'format_spec/SPEC.md, section 6: Value codecs'
+    params:
+      - id: record
+        type: chunk_record
+    seq:
+      - id: num_contexts
+        type: u1
+        valid:  # P-TABLE
+          min: 1
+          max: 64
+      - id: contexts
+        type: 'context(_index, _index == 0 ? 0 : contexts[_index - 1].first_exponent,
+          16 * record.tensor.width)'
+        repeat: expr
+        repeat-expr: num_contexts
+      - id: states
+        type: u4
+        repeat: expr
+        repeat-expr: 4
+      - id: words
+        type: u2
+        repeat: eos  # P-TABLE where half a word is left
+
+  context:
+    doc: Tokens of elements whose base word has an exponent from the first one to the next context's.
+    doc-ref: 'format_spec/SPEC.md, section 6: Value codecs'
+    params:
+      - id: number
+        type: u1
+      - id: previous
+        type: u1
+        doc: The context before begins there.
+      - id: end_tokens
+        type: u2
+        doc: Number of tokens that there are for the dtype.
+    seq:
+      - id: first_exponent
+        type: u1
+        valid:
+          expr: 'number == 0 ? _ == 0 : _ > previous'  # P-TABLE
+      - id: first_token
+        type: u1
+      - id: num_tokens
+        type: u1
+        valid:
+          expr: _ >= 1 and first_token + _ <= end_tokens  # P-TABLE
+      - id: shares
+        type: 'share(first_token + _index, _index == 0 ? 0 : shares[_index - 1].end)'
+        repeat: expr
+        repeat-expr: num_tokens
+      - id: check_shares
+        size: 0
+        valid:
+          expr: shares.first.share > 0 and shares.last.share > 0 and shares.last.end == 4096
+          # P-TABLE
+
+  share:
+    doc: How often a token occurs, of 4096 times.
+    doc-ref: 'format_spec/SPEC.md, section 6: Value codecs'
+    params:
+      - id: token
+        type: u1
+      - id: start
+        type: u4
+        doc: Sum of the shares of the tokens before.
+    seq:
+      - id: share
+        type: u2
+        valid:
+          expr: token != 1 or _ == 0  # P-TABLE
+    instances:
+      end:
+        value: start + share
 
   signs_parameters:
     doc: |
@@ -957,6 +1065,9 @@ enums:
     3:
       id: ulp
       doc: The payload is the distance in floats, as a zigzag number less 1.
+    4:
+      id: coded_ulp
+      doc: The same payload, coded by how often it occurs beside the base's exponent.
     16:
       id: signs
       doc: What is drawn changes by a size that the parameters imply; the payload is the sign.

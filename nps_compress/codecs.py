@@ -25,7 +25,7 @@ from nps_compress.errors import FormatError
 Positions = npt.NDArray[np.uint32]  # ascending, within the chunk
 
 DEFAULT_LEVEL = 3
-_SAMPLE = 1 << 16  # changed words by which a codec is chosen
+_SAMPLE = 1 << 13  # changed words by which a codec is chosen
 MAX_ZSTD_WINDOW = 1 << 23
 _GAP8_ESCAPE, _GAP16_ESCAPE = 0xFF, 0xFFFF
 # Outside these densities the other codec was never the smaller one on random masks.
@@ -430,24 +430,28 @@ def payload_of(
     """What is stored for each kept element. base, new: [nnz] words of one width -> [nnz] words.
 
     ``REPLACE``: the new word. ``XOR``: base ^ new. ``ULP``: both words are mapped to integers in
-    the order of the floats they stand for (:func:`_ordered`), subtracted, zigzagged, minus one.
+    the order of the floats they stand for, subtracted, zigzagged, minus one.
     """
     if codec is ValueCodec.REPLACE or base is None:
         return new
     if codec is ValueCodec.XOR:
         return base ^ new
     signed = np.dtype(f"<i{dtype.itemsize}")
-    difference = (_ordered(new, dtype) - _ordered(base, dtype)).view(signed)
-    zigzag = (difference << 1) ^ (difference >> (8 * dtype.itemsize - 1))
-    return zigzag.view(dtype.word) - dtype.word.type(1)
+    out = np.empty_like(new)
+    _ulp_payload(base.view(signed), new.view(signed), 8 * dtype.itemsize - 1, out.view(signed))
+    return out
 
 
-def _ordered(words: Words, dtype: DType) -> Words:
-    """Float words -> words whose two's complement order is the order of the floats; a bijection."""
-    bits = 8 * dtype.itemsize
-    magnitude_mask = dtype.word.type((1 << (bits - 1)) - 1)
-    negative = (words >> dtype.word.type(bits - 1)).astype(bool)
-    return np.where(negative, words ^ magnitude_mask, words)
+@jit
+def _ulp_payload(base, new, top, out):  # type: ignore[no-untyped-def]
+    # Words as signed integers. In the order of the floats a negative one has its other bits turned.
+    low = (np.int64(1) << top) - np.int64(1)
+    for i in range(base.size):
+        before, after = np.int64(base[i]), np.int64(new[i])
+        before ^= (before >> 63) & low
+        after ^= (after >> 63) & low
+        difference = (after - before) << (63 - top) >> (63 - top)
+        out[i] = ((difference << 1) ^ (difference >> 63)) - 1
 
 
 def apply_payload(
@@ -596,7 +600,8 @@ def _encode_values(
     """Value planes of kept words, [nnz] each, and which of them are zstd frames."""
     if codec is not ValueCodec.CODED_ULP:
         return encode_planes(payload_of(codec, base, new, dtype), level)
-    if base is None or not new.size:
+    assert base is not None
+    if not new.size:
         return 0, ()
     distances = payload_of(ValueCodec.ULP, base, new, dtype).astype(np.uint32) + np.uint32(1)
     return 0, ulp_coding.encode_distances(distances, ulp_coding.exponents_of(base, dtype))
@@ -609,7 +614,8 @@ def decode_distances(streams: Sequence[bytes], base: Words, dtype: DType) -> Byt
         FormatError: P-TABLE, P-CODE, P-TAIL.
     """
     tokens, low = streams
-    distances = ulp_coding.decode_distances(tokens, low, ulp_coding.exponents_of(base, dtype))
+    exponents = ulp_coding.exponents_of(base, dtype)
+    distances = ulp_coding.decode_distances(tokens, low, exponents, dtype.itemsize)
     payload = (distances - np.uint32(1)).astype(dtype.word)
     return np.ascontiguousarray(payload.view(np.uint8).reshape(-1, dtype.itemsize).T)
 

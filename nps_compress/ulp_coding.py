@@ -23,9 +23,10 @@ MANTISSA_BITS = {"F16": 10, "BF16": 7, "F32": 23}
 MAX_CONTEXTS = 64
 _TOKENS, _SHARE_BITS, _STATES = 64, 12, 4
 _EXPONENTS = 256
+_SMALLEST_CONTEXT = 3 + 2  # bytes of one that has one token
 # A context's frequencies take some 20 bytes: with fewer distances than this they don't pay.
 _LEAST_OF_A_CONTEXT = 256
-LEAST_TOKEN_BYTES = 1 + 3 + 2 + 4 * _STATES  # a context of one token, and no words
+LEAST_TOKEN_BYTES = 1 + _SMALLEST_CONTEXT + 4 * _STATES  # and no words
 
 Distances = npt.NDArray[np.uint32]
 Exponents = npt.NDArray[np.uint8]
@@ -51,9 +52,13 @@ def most_low_bytes(itemsize: Any, nnz: Any) -> Any:
 
 
 def table_work(token_bytes: Any) -> Any:
-    """What reading the shares counts as, in bytes: 512 for each context, of which there may be one
-    for every 5 bytes."""
-    return 512 * np.minimum(token_bytes // 5, MAX_CONTEXTS)
+    """What reading the shares counts as, in bytes: 512 for each context that these may hold.
+
+    Beside what elements count as, it is less than the format allows for so many bytes, since no
+    share that is written is much over 7/8.
+    """
+    room = (token_bytes - LEAST_TOKEN_BYTES) // _SMALLEST_CONTEXT + 1
+    return 512 * np.clip(room, 0, MAX_CONTEXTS)
 
 
 def exponents_of(words: Words, dtype: DType) -> Exponents:
@@ -68,18 +73,24 @@ def encode_distances(distances: Distances, exponents: Exponents) -> tuple[bytes,
     tokens = np.empty(distances.size, np.uint8)
     low = np.zeros(most_low_bytes(4, distances.size) + 8, np.uint8)
     used = _tokenise(distances, exponents, tokens, counts, low)
-    context_of, merged = _merged(counts)
-    shares = _normalised(merged)
+    context_of = np.empty(_EXPONENTS, np.uint8)
+    shares = _normalised(_merged(counts, context_of))
     words = np.empty(2 * distances.size + 2 * _STATES, np.uint16)
     first = _encode(tokens, exponents, context_of, shares, words)
     return _table(context_of, shares) + words[first:].astype("<u2").tobytes(), low[:used].tobytes()
 
 
-def decode_distances(stream: bytes, low: bytes, exponents: Exponents) -> Distances:
-    """Undo :func:`encode_distances`. Raises FormatError (P-TABLE, P-CODE, P-TAIL)."""
+def decode_distances(
+    stream: bytes, low: bytes, exponents: Exponents, itemsize: int = 4
+) -> Distances:
+    """Undo :func:`encode_distances`: none takes more bits than an element of ``itemsize`` bytes.
+
+    Raises:
+        FormatError: P-TABLE, P-CODE, P-TAIL.
+    """
     data = np.frombuffer(stream, np.uint8)
     context_of, shares = np.zeros(_EXPONENTS, np.uint8), np.zeros((MAX_CONTEXTS, _TOKENS), np.int64)
-    at = _read_table(data, context_of, shares)
+    at = _read_table(data, 16 * itemsize, context_of, shares)
     if at < 0 or (data.size - at) % 2 or data.size - at < 4 * _STATES:
         raise FormatError(*_FAULTS[_BAD_TABLE])
     words = data[at:].view("<u2")
@@ -91,25 +102,27 @@ def decode_distances(stream: bytes, low: bytes, exponents: Exponents) -> Distanc
     return out
 
 
-def _merged(
-    counts: npt.NDArray[np.int64],
-) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+@jit
+def _merged(counts, context_of):  # type: ignore[no-untyped-def]
     """Neighbouring exponents together until each context has enough.
 
-    counts: [exponents, tokens] -> [exponents] contexts, ascending, and [contexts, tokens].
+    counts: [exponents, tokens]; context_of: [exponents], written -> [contexts, tokens].
     """
     totals = counts.sum(axis=1)
-    least = max(_LEAST_OF_A_CONTEXT, int(totals.sum()) // MAX_CONTEXTS)
-    context_of = np.zeros(_EXPONENTS, np.uint8)
-    context, have = 0, 0
+    left = totals.sum()
+    least = max(_LEAST_OF_A_CONTEXT, left // MAX_CONTEXTS)
+    context, have = 0, np.int64(0)
+    merged = np.zeros((MAX_CONTEXTS, _TOKENS), np.int64)
     for exponent in range(_EXPONENTS):
-        if have >= least and totals[exponent:].sum() >= least:
-            context, have = context + 1, 0
+        if have >= least and left >= least:
+            context += 1
+            have = np.int64(0)
         context_of[exponent] = context
-        have += totals[exponent]
-    merged = np.zeros((context + 1, _TOKENS), np.int64)
-    np.add.at(merged, context_of, counts)
-    return context_of, merged
+        if totals[exponent]:
+            merged[context] += counts[exponent]
+            have += totals[exponent]
+            left -= totals[exponent]
+    return merged[: context + 1]
 
 
 @jit
@@ -122,9 +135,6 @@ def _normalised(counts):  # type: ignore[no-untyped-def]
     shares = np.zeros_like(counts)
     for context in range(counts.shape[0]):
         total = counts[context].sum()
-        if total == 0:
-            shares[context, 0] = whole
-            continue
         if 8 * counts[context].max() > 7 * total:
             other = 2 if counts[context, 0] > counts[context, 2] else 0
             more = total // 7 + 1
@@ -218,8 +228,8 @@ def _encode(tokens, exponents, context_of, shares, words):  # type: ignore[no-un
 
 
 @jit
-def _read_table(data, context_of, shares):  # type: ignore[no-untyped-def]
-    """Undo :func:`_table`; returns its bytes, or -1."""
+def _read_table(data, tokens, context_of, shares):  # type: ignore[no-untyped-def]
+    """Undo :func:`_table`, tokens being below ``tokens``; returns its bytes, or -1."""
     if data.size < 1 or not 1 <= data[0] <= MAX_CONTEXTS:
         return -1
     at = 1
@@ -231,7 +241,7 @@ def _read_table(data, context_of, shares):  # type: ignore[no-untyped-def]
         at += 3
         if (context == 0 and start != 0) or start <= previous or count < 1:
             return -1
-        if first + count > _TOKENS or data.size < at + 2 * count:
+        if first + count > tokens or data.size < at + 2 * count:
             return -1
         previous = start
         total = 0
@@ -240,7 +250,7 @@ def _read_table(data, context_of, shares):  # type: ignore[no-untyped-def]
             at += 2
             shares[context, token] = share
             total += share
-        if total != 1 << _SHARE_BITS or shares[context, first] == 0:
+        if total != 1 << _SHARE_BITS or shares[context, first] == 0 or shares[context, 1]:
             return -1
         if shares[context, first + count - 1] == 0:
             return -1
@@ -289,10 +299,8 @@ def _decode(words, low, exponents, context_of, shares, out):  # type: ignore[no-
             state = (state << np.uint32(16)) | np.uint32(words[next_word])
             next_word += 1
         states[i & (_STATES - 1)] = state
-        if token < 2:
+        if token == 0:
             out[i] = 1
-            if token:
-                return _BAD_TABLE
             continue
         rest = np.uint64(token // 2 - 1)
         while have < rest:

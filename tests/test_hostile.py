@@ -13,7 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nps_compress.codecs import EncodedChunk, MaskCodec, ValueCodec, compress
+from nps_compress.codecs import (
+    EncodedChunk,
+    MaskCodec,
+    ValueCodec,
+    compress,
+    decoding_work,
+    drawing_work,
+)
 from nps_compress.dtypes import BY_NAME, DType
 from nps_compress.entropy_coding import encode_magnitudes
 from nps_compress.format import layout
@@ -168,7 +175,7 @@ def test_work_is_bounded(tmp_path: Path, case: str) -> None:
 
 def nothing_drawn(sizes: RankOne, numel: int) -> tuple[ValueCodec, bytes, EncodedChunk]:
     known = SignParameters(1, 1e-30, (-(1 << 15),), (1e-30,), (1.0,), sizes, sizes)
-    chunk = EncodedChunk(0, MaskCodec.DRAWN, 0, False, b"", 0, (), numel)
+    chunk = EncodedChunk(0, MaskCodec.DRAWN, 0, False, b"", 0, (), drawing_work(numel))
     return ValueCodec.SIGNS, known.to_bytes(), chunk
 
 
@@ -176,7 +183,8 @@ def next_to_nothing_coded(sizes: RankOne, numel: int) -> tuple[ValueCodec, bytes
     magnitudes = np.zeros(numel, np.int16)
     magnitudes[-1] = 1
     stream = encode_magnitudes(magnitudes, np.zeros(numel, np.int8))
-    chunk = EncodedChunk(1, MaskCodec.CODED, len(stream), False, stream, 0, (b"\0",), numel)
+    work = decoding_work(numel, 1)
+    chunk = EncodedChunk(1, MaskCodec.CODED, len(stream), False, stream, 0, (b"\0",), work)
     return ValueCodec.GRID, GridParameters(1.0, 0, sizes, sizes).to_bytes(), chunk
 
 
@@ -204,9 +212,7 @@ def test_what_elements_count_as_is_what_they_take(tmp_path: Path, kind: Callable
     path.write_bytes(file(numel >> 13, 1 << 13, 22))
     assert path.stat().st_size < 5_000
     seconds, kib = measured(small, path)
-    counted = (
-        layout.drawing_work(numel) if kind is nothing_drawn else layout.decoding_work(numel, 0)
-    )
+    counted = drawing_work(numel) if kind is nothing_drawn else decoding_work(numel, 0)
     assert seconds < 300e-9 * counted
     assert kib < 1 << 18
 

@@ -15,7 +15,7 @@ from nps import Nps
 # Rules of section 8 that the parser enforces: it refuses every file whose first broken rule is one
 # of these. Not H-CRC, T-CRC, I-DIGEST, P-DIGEST, D-DIGEST (it computes no checksums), M-JSON (it
 # asks for UTF-8 that begins with a brace, no more), M-KEYS, and what only a decoded stream shows,
-# but for parameters, which it reads.
+# but for parameters and the contexts of distances, which it reads.
 _RULES = """
 F-SIZE H-MAGIC H-MAJOR H-FEATURE H-RESERVED
 T-MAGIC T-VERSION T-RESERVED T-SIZE T-INDEX T-INDEXSIZE T-COMPRESSION
@@ -24,7 +24,7 @@ N-HEAP N-LENGTH N-UTF8 N-CONTROL N-ORDER N-RESERVED N-FILE
 S-DTYPE S-RANK S-DIM S-NUMEL
 R-RESERVED R-OP R-FILE R-BASE R-SHAPE R-COPY R-VALUES R-CHUNKLOG
 C-COUNT C-NNZ C-CODEC C-NEW C-FLAGS C-MASKSIZE C-STORED C-LAYOUT C-EXPANSION
-M-SIZE C-PADDING P-PARAMETERS
+M-SIZE C-PADDING P-PARAMETERS P-TABLE
 """
 RULES = frozenset(_RULES.split())
 
@@ -62,7 +62,7 @@ def _chunk(chunk: Any) -> dict[str, Any]:
         "mask_stored_bytes": record.mask_stored_bytes,
         "mask_compressed": record.mask_compressed,
         "planes_compressed": record.planes_compressed,
-        "plane_stored_bytes": [len(plane) for plane in chunk.planes],
+        "plane_stored_bytes": record.plane_stored_bytes[: record.tensor.width],
         "sha256_64": record.sha256_64.hex(),
     }
 

@@ -1,4 +1,4 @@
-# From nps.ksy, SHA-256 dda740641ae505ba46e73e62cf5832d5590378a2dd216dc9a5e407cc357fe98b
+# From nps.ksy, SHA-256 2d7f77fb544d13c39e60c4c062da5c0a260016bf0f96819e396d21d620b11546
 # This is a generated file! Please edit source .ksy file and use kaitai-struct-compiler to rebuild
 # type: ignore
 
@@ -63,6 +63,7 @@ class Nps(KaitaiStruct):
         replace = 1
         xor = 2
         ulp = 3
+        coded_ulp = 4
         signs = 16
         levels = 17
         grid = 18
@@ -189,15 +190,25 @@ class Nps(KaitaiStruct):
                 _io__raw_levels = KaitaiStream(BytesIO(self._raw_levels))
                 self.levels = Nps.LevelsParameters(_io__raw_levels, self, self._root)
 
+            if self.record.has_distances:
+                pass
+                self._raw_tokens = self._io.read_bytes(self.record.plane_stored_bytes[0])
+                _io__raw_tokens = KaitaiStream(BytesIO(self._raw_tokens))
+                self.tokens = Nps.Tokens(self.record, _io__raw_tokens, self, self._root)
+
+            if self.record.has_distances:
+                pass
+                self.low_bits = self._io.read_bytes(self.record.plane_stored_bytes[1])
+
             self.planes = []
-            for i in range(self.record.tensor.width):
+            for i in range((0 if self.record.tensor.is_coded_ulp else self.record.tensor.width)):
                 self.planes.append(self._io.read_bytes(self.record.plane_stored_bytes[i]))
 
             self.padding = []
             for i in range((8 - self._io.pos() % 8) % 8):
                 self.padding.append(self._io.read_u1())
                 if not self.padding[i] == 0:
-                    raise kaitaistruct.ValidationNotEqualError(0, self.padding[i], self._io, u"/types/chunk/seq/7")
+                    raise kaitaistruct.ValidationNotEqualError(0, self.padding[i], self._io, u"/types/chunk/seq/9")
 
 
 
@@ -225,6 +236,13 @@ class Nps(KaitaiStruct):
             if  ((self.record.is_parameters) and ((not (self.record.tensor.has_bits)))) :
                 pass
                 self.levels._fetch_instances()
+
+            if self.record.has_distances:
+                pass
+                self.tokens._fetch_instances()
+
+            if self.record.has_distances:
+                pass
 
             for i in range(len(self.planes)):
                 pass
@@ -329,8 +347,8 @@ class Nps(KaitaiStruct):
             if not self.mask_compressed <= (0 if self.mask_codec == Nps.MaskCodec.coded else 1):
                 raise kaitaistruct.ValidationGreaterThanError((0 if self.mask_codec == Nps.MaskCodec.coded else 1), self.mask_compressed, self._io, u"/types/chunk_record/seq/5")
             self.planes_compressed = self._io.read_u1()
-            if not self.planes_compressed <= (0 if self.tensor.has_bits else (1 << self.planes) - 1):
-                raise kaitaistruct.ValidationGreaterThanError((0 if self.tensor.has_bits else (1 << self.planes) - 1), self.planes_compressed, self._io, u"/types/chunk_record/seq/6")
+            if not self.planes_compressed <= (0 if  ((self.tensor.has_bits) or (self.tensor.is_coded_ulp))  else (1 << self.planes) - 1):
+                raise kaitaistruct.ValidationGreaterThanError((0 if  ((self.tensor.has_bits) or (self.tensor.is_coded_ulp))  else (1 << self.planes) - 1), self.planes_compressed, self._io, u"/types/chunk_record/seq/6")
             self.reserved = self._io.read_bytes(1)
             if not self.reserved == b"\x00":
                 raise kaitaistruct.ValidationNotEqualError(b"\x00", self.reserved, self._io, u"/types/chunk_record/seq/7")
@@ -346,7 +364,7 @@ class Nps(KaitaiStruct):
             for i in range(8):
                 self.plane_stored_bytes.append(self._io.read_u4le())
                 _ = self.plane_stored_bytes[i]
-                if not (_ == 0 if i >= self.planes else (_ == self.plane_raw_bytes if self.planes_compressed >> i & 1 == 0 else  ((_ < self.plane_raw_bytes) and (_ * 32768 >= self.plane_raw_bytes)) )):
+                if not (_ == 0 if i >= self.planes else ((_ == 0 if self.nnz == 0 else ( ((_ >= 22) and (_ <= 8401 + 2 * self.nnz))  if i == 0 else _ <= (self.nnz * (8 * self.tensor.width - 2) + 7) // 8)) if self.tensor.is_coded_ulp else (_ == self.plane_raw_bytes if self.planes_compressed >> i & 1 == 0 else  ((_ < self.plane_raw_bytes) and (_ * 32768 >= self.plane_raw_bytes)) ))):
                     raise kaitaistruct.ValidationExprError(self.plane_stored_bytes[i], self._io, u"/types/chunk_record/seq/10")
 
             self.sha256_64 = self._io.read_bytes(8)
@@ -384,7 +402,7 @@ class Nps(KaitaiStruct):
             if hasattr(self, '_m_end_raw_bytes'):
                 return self._m_end_raw_bytes
 
-            self._m_end_raw_bytes = ((self.raw_bytes + self.mask_raw_bytes) + self.planes * self.plane_raw_bytes) + self.work
+            self._m_end_raw_bytes = ((self.raw_bytes + self.mask_raw_bytes) + self.planes_raw_bytes) + self.work
             return getattr(self, '_m_end_raw_bytes', None)
 
         @property
@@ -397,6 +415,14 @@ class Nps(KaitaiStruct):
             return getattr(self, '_m_exponents', None)
 
         @property
+        def has_distances(self):
+            if hasattr(self, '_m_has_distances'):
+                return self._m_has_distances
+
+            self._m_has_distances =  ((self.tensor.is_coded_ulp) and (self.nnz > 0))
+            return getattr(self, '_m_has_distances', None)
+
+        @property
         def is_parameters(self):
             """The mask stream holds parameters; there are no elements and no planes."""
             if hasattr(self, '_m_is_parameters'):
@@ -406,7 +432,17 @@ class Nps(KaitaiStruct):
             return getattr(self, '_m_is_parameters', None)
 
         @property
+        def most_contexts(self):
+            """Contexts of distances for which plane 0 may have room."""
+            if hasattr(self, '_m_most_contexts'):
+                return self._m_most_contexts
+
+            self._m_most_contexts = ((self.plane_stored_bytes[0] - 17) // 5 if self.plane_stored_bytes[0] < 337 else 64)
+            return getattr(self, '_m_most_contexts', None)
+
+        @property
         def plane_raw_bytes(self):
+            """Not of coded distances."""
             if hasattr(self, '_m_plane_raw_bytes'):
                 return self._m_plane_raw_bytes
 
@@ -419,16 +455,26 @@ class Nps(KaitaiStruct):
             if hasattr(self, '_m_planes'):
                 return self._m_planes
 
-            self._m_planes = (0 if self.is_parameters else (1 if self.tensor.has_parameters else self.tensor.width))
+            self._m_planes = (0 if self.is_parameters else (1 if self.tensor.has_parameters else (2 if self.tensor.is_coded_ulp else self.tensor.width)))
             return getattr(self, '_m_planes', None)
 
         @property
+        def planes_raw_bytes(self):
+            if hasattr(self, '_m_planes_raw_bytes'):
+                return self._m_planes_raw_bytes
+
+            self._m_planes_raw_bytes = (self.plane_stored_bytes[0] + self.plane_stored_bytes[1] if self.tensor.is_coded_ulp else self.planes * self.plane_raw_bytes)
+            return getattr(self, '_m_planes_raw_bytes', None)
+
+        @property
         def work(self):
-            """What finding out which elements are kept counts as, in bytes."""
+            """What finding out which elements are kept, or how large their distances are, counts as, in
+            bytes.
+            """
             if hasattr(self, '_m_work'):
                 return self._m_work
 
-            self._m_work = (self.elements // 32 if self.mask_codec == Nps.MaskCodec.drawn else (self.elements // 8 + 4 * self.nnz if self.mask_codec == Nps.MaskCodec.coded else 0))
+            self._m_work = (self.elements // 32 if self.mask_codec == Nps.MaskCodec.drawn else (self.elements // 8 + 4 * self.nnz if self.mask_codec == Nps.MaskCodec.coded else (512 * self.most_contexts + self.nnz * self.tensor.width if self.has_distances else 0)))
             return getattr(self, '_m_work', None)
 
 
@@ -494,6 +540,49 @@ class Nps(KaitaiStruct):
             for i in range(len(self.chunks)):
                 pass
                 self.chunks[i]._fetch_instances()
+
+
+
+    class Context(KaitaiStruct):
+        """Tokens of elements whose base word has an exponent from the first one to the next context's.
+
+        .. seealso::
+           format_spec/SPEC.md, section 6: Value codecs
+        """
+        def __init__(self, number, previous, end_tokens, _io, _parent=None, _root=None):
+            super(Nps.Context, self).__init__(_io)
+            self._parent = _parent
+            self._root = _root
+            self.number = number
+            self.previous = previous
+            self.end_tokens = end_tokens
+            self._read()
+
+        def _read(self):
+            self.first_exponent = self._io.read_u1()
+            _ = self.first_exponent
+            if not (_ == 0 if self.number == 0 else _ > self.previous):
+                raise kaitaistruct.ValidationExprError(self.first_exponent, self._io, u"/types/context/seq/0")
+            self.first_token = self._io.read_u1()
+            self.num_tokens = self._io.read_u1()
+            _ = self.num_tokens
+            if not  ((_ >= 1) and (self.first_token + _ <= self.end_tokens)) :
+                raise kaitaistruct.ValidationExprError(self.num_tokens, self._io, u"/types/context/seq/2")
+            self.shares = []
+            for i in range(self.num_tokens):
+                self.shares.append(Nps.Share(self.first_token + i, (0 if i == 0 else self.shares[i - 1].end), self._io, self, self._root))
+
+            self.check_shares = self._io.read_bytes(0)
+            _ = self.check_shares
+            if not  ((self.shares[0].share > 0) and (self.shares[-1].share > 0) and (self.shares[-1].end == 4096)) :
+                raise kaitaistruct.ValidationExprError(self.check_shares, self._io, u"/types/context/seq/4")
+
+
+        def _fetch_instances(self):
+            pass
+            for i in range(len(self.shares)):
+                pass
+                self.shares[i]._fetch_instances()
 
 
 
@@ -1146,6 +1235,39 @@ class Nps(KaitaiStruct):
             return getattr(self, '_m_elements', None)
 
 
+    class Share(KaitaiStruct):
+        """How often a token occurs, of 4096 times.
+
+        .. seealso::
+           format_spec/SPEC.md, section 6: Value codecs
+        """
+        def __init__(self, token, start, _io, _parent=None, _root=None):
+            super(Nps.Share, self).__init__(_io)
+            self._parent = _parent
+            self._root = _root
+            self.token = token
+            self.start = start
+            self._read()
+
+        def _read(self):
+            self.share = self._io.read_u2le()
+            _ = self.share
+            if not  ((self.token != 1) or (_ == 0)) :
+                raise kaitaistruct.ValidationExprError(self.share, self._io, u"/types/share/seq/0")
+
+
+        def _fetch_instances(self):
+            pass
+
+        @property
+        def end(self):
+            if hasattr(self, '_m_end'):
+                return self._m_end
+
+            self._m_end = self.start + self.share
+            return getattr(self, '_m_end', None)
+
+
     class SignsParameters(KaitaiStruct):
         """Which elements are drawn, and how large their changes are.
 
@@ -1277,7 +1399,7 @@ class Nps(KaitaiStruct):
                 raise kaitaistruct.ValidationExprError(self.op, self._io, u"/types/tensor_record/seq/3")
             self.value_codec = KaitaiStream.resolve_enum(Nps.ValueCodec, self._io.read_u1())
             _ = self.value_codec
-            if not (_ == Nps.ValueCodec.none if self.op == Nps.Op.copy else (_ == Nps.ValueCodec.replace if self.op == Nps.Op.new else  ((_ == Nps.ValueCodec.replace) or (_ == Nps.ValueCodec.xor) or ( ((_ == Nps.ValueCodec.ulp) and ( ((self.dtype == Nps.Dtype.f16) or (self.dtype == Nps.Dtype.bf16) or (self.dtype == Nps.Dtype.f32) or (self.dtype == Nps.Dtype.f64)) )) ) or ( (( ((_ == Nps.ValueCodec.signs) or (_ == Nps.ValueCodec.levels) or (_ == Nps.ValueCodec.grid)) ) and ( ((self.dtype == Nps.Dtype.f16) or (self.dtype == Nps.Dtype.bf16) or (self.dtype == Nps.Dtype.f32)) )) )) )):
+            if not (_ == Nps.ValueCodec.none if self.op == Nps.Op.copy else (_ == Nps.ValueCodec.replace if self.op == Nps.Op.new else  ((_ == Nps.ValueCodec.replace) or (_ == Nps.ValueCodec.xor) or ( ((_ == Nps.ValueCodec.ulp) and ( ((self.dtype == Nps.Dtype.f16) or (self.dtype == Nps.Dtype.bf16) or (self.dtype == Nps.Dtype.f32) or (self.dtype == Nps.Dtype.f64)) )) ) or ( (( ((_ == Nps.ValueCodec.coded_ulp) or (_ == Nps.ValueCodec.signs) or (_ == Nps.ValueCodec.levels) or (_ == Nps.ValueCodec.grid)) ) and ( ((self.dtype == Nps.Dtype.f16) or (self.dtype == Nps.Dtype.bf16) or (self.dtype == Nps.Dtype.f32)) )) )) )):
                 raise kaitaistruct.ValidationExprError(self.value_codec, self._io, u"/types/tensor_record/seq/4")
             self.chunk_log2 = self._io.read_u1()
             _ = self.chunk_log2
@@ -1387,6 +1509,15 @@ class Nps(KaitaiStruct):
             return getattr(self, '_m_has_parameters', None)
 
         @property
+        def is_coded_ulp(self):
+            """Plane 0 holds tokens of distances, plane 1 their low bits."""
+            if hasattr(self, '_m_is_coded_ulp'):
+                return self._m_is_coded_ulp
+
+            self._m_is_coded_ulp = self.value_codec == Nps.ValueCodec.coded_ulp
+            return getattr(self, '_m_is_coded_ulp', None)
+
+        @property
         def is_grid(self):
             if hasattr(self, '_m_is_grid'):
                 return self._m_is_grid
@@ -1431,6 +1562,56 @@ class Nps(KaitaiStruct):
 
             self._m_width = KaitaiStream.byte_array_index(b"\x00\x01\x01\x01\x02\x02\x04\x04\x08\x08\x01\x01\x01\x02\x02\x04\x08\x08", int(self.dtype))
             return getattr(self, '_m_width', None)
+
+
+    class Tokens(KaitaiStruct):
+        """How often each token occurs, by the exponent of the base's word; then words of 16 bits, the
+        first eight of which are the four states.
+
+        .. seealso::
+           format_spec/SPEC.md, section 6: Value codecs
+        """
+        def __init__(self, record, _io, _parent=None, _root=None):
+            super(Nps.Tokens, self).__init__(_io)
+            self._parent = _parent
+            self._root = _root
+            self.record = record
+            self._read()
+
+        def _read(self):
+            self.num_contexts = self._io.read_u1()
+            if not self.num_contexts >= 1:
+                raise kaitaistruct.ValidationLessThanError(1, self.num_contexts, self._io, u"/types/tokens/seq/0")
+            if not self.num_contexts <= 64:
+                raise kaitaistruct.ValidationGreaterThanError(64, self.num_contexts, self._io, u"/types/tokens/seq/0")
+            self.contexts = []
+            for i in range(self.num_contexts):
+                self.contexts.append(Nps.Context(i, (0 if i == 0 else self.contexts[i - 1].first_exponent), 16 * self.record.tensor.width, self._io, self, self._root))
+
+            self.states = []
+            for i in range(4):
+                self.states.append(self._io.read_u4le())
+
+            self.words = []
+            i = 0
+            while not self._io.is_eof():
+                self.words.append(self._io.read_u2le())
+                i += 1
+
+
+
+        def _fetch_instances(self):
+            pass
+            for i in range(len(self.contexts)):
+                pass
+                self.contexts[i]._fetch_instances()
+
+            for i in range(len(self.states)):
+                pass
+
+            for i in range(len(self.words)):
+                pass
+
 
 
     @property

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from parts import DTYPES, Base, File, little, sha
-from reject import BESIDE, REJECT, WRONG_BASE, good
+from reject import BESIDE, REJECT, WRONG_BASE
 from valid import VALID
 
 
@@ -86,9 +86,9 @@ def generate() -> dict[str, bytes]:
         outcomes["reject"][name] = "-".join(name.split("-")[:2])
     for name, make in BESIDE.items():
         out[f"reject/{name}.base.safetensors"] = safetensors(make().base)
-    for name, change in WRONG_BASE.items():
-        out[f"wrong_base/{name}.nps"] = good().build()
-        base = good().base
+    for name, (start, change) in WRONG_BASE.items():
+        out[f"wrong_base/{name}.nps"] = start().build()
+        base = start().base
         change(base)
         out[f"wrong_base/{name}.base.safetensors"] = safetensors(base)
         outcomes["wrong_base"].append(name)

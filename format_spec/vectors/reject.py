@@ -8,6 +8,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from distances import LOWEST as LOWEST_STATE
+from distances import (
+    Context,
+    Distances,
+    coded_ulp,
+    distances_of,
+    expanding_chunk,
+    moved,
+    table,
+    word_bytes,
+    words_of_tokens,
+)
 from grids import (
     LOWEST,
     GridParameters,
@@ -20,6 +32,7 @@ from grids import (
 from parts import (
     BITMASK,
     CODED,
+    CODED_ULP,
     DELTA,
     DRAWN,
     EMPTY,
@@ -52,6 +65,7 @@ from parts import (
     random_words,
     sha,
     side_file,
+    words_of,
 )
 from signs import NEVER, Parameters, Subspace, levels, parameter_chunk, parameters, signs, weights
 from valid import VALID, expanding, integers
@@ -273,7 +287,7 @@ reject("R-SHAPE-dtype", lambda f: assign(f.base[0], dtype=13))
 reject("R-COPY-digest", lambda f: assign(f.tensors[1], sha256=sha(b"")))
 for _what, _row, _codec in (
     ("none-for-delta", 0, NONE),
-    ("unknown", 0, 4),
+    ("unknown", 0, 5),
     ("quantised", 0, 19),
     ("copy", 1, REPLACE),
     ("new-none", 2, NONE),
@@ -1346,6 +1360,352 @@ grid_chunk("C-CODEC-grid-before-flags", 1, codec=EMPTY, mask_zstd=1)
 grid_chunk("C-FLAGS-grid-before-masksize", 1, mask_zstd=1, mask_raw=5)
 grid_chunk("C-MASKSIZE-grid-before-stored", 1, mask_raw=5, sizes=[9, 9])
 
+# -- coded distances -----------------------------------------------------------------------------
+
+
+def good_distances() -> File:
+    """In BF16 chunks of which many, no and five elements are kept; in F16 and F32 one of all."""
+    shapes = {"bf16": ("BF16", [2100]), "f16": ("F16", [90]), "f32": ("F32", [90])}
+    bases = [
+        base_tensor(name, dtype, shape, weights(name, math.prod(shape), dtype))
+        for name, (dtype, shape) in shapes.items()
+    ]
+    kept = [*range(3, 1024, 7), *range(2048, 2073, 5)]
+    changes = {p: moved(words_of(bases[0])[p], 1 + p * p % 90, 16) for p in kept}
+    each = [
+        {p: moved(word, 1 + p * p * p % 900, bits) for p, word in enumerate(words_of(base))}
+        for base, bits in zip(bases[1:], (16, 32), strict=True)
+    ]
+    tensors = [
+        coded_ulp("bf16", bases, 0, changes, firsts=FIRSTS, masks=BITMASK),
+        coded_ulp("f16", bases, 1, each[0]),
+        coded_ulp("f32", bases, 2, each[1]),
+    ]
+    assert [chunk.nnz for chunk in tensors[0].chunks] == [146, 0, 5]
+    return File(base=bases, tensors=tensors)
+
+
+FIRSTS = (0, 118)
+BESIDE_DISTANCES: list[str] = []
+
+
+def with_distances(name: str, change: Callable[[File], Any]) -> None:
+    reject(name, change, good_distances)
+    if name[:2] in ("P-", "D-"):  # found with the base
+        BESIDE_DISTANCES.append(name)
+
+
+def distances_chunk(name: str, number: int, tensor: int = 0, **values: Any) -> None:
+    """A chunk of a tensor of ``good_distances``, changed."""
+    with_distances(name, lambda f: assign(f.tensors[tensor].chunks[number], **values))
+
+
+def given_distances(file: File, tensor: int, number: int) -> Distances:
+    entry, base = file.tensors[tensor], file.base[tensor]
+    part = slice(number * 1024, (number + 1) * 1024)
+    after = words_of(replace(base, data=entry.data))
+    firsts = FIRSTS if tensor == 0 else (0,)
+    return distances_of(words_of(base)[part], after[part], base.dtype, firsts)
+
+
+def planes_as(
+    name: str,
+    change: Callable[[Distances, bytes, bytes], tuple[bytes, bytes]],
+    tensor: int = 0,
+    number: int = 0,
+) -> None:
+    """Tokens and low bits as ``change`` makes them of what they say and are."""
+
+    def made(file: File) -> None:
+        chunk = file.tensors[tensor].chunks[number]
+        tokens, low = chunk.planes[:2]
+        given = given_distances(file, tensor, number)
+        chunk.planes[:2] = change(given, tokens, low)
+
+    with_distances(name, made)
+
+
+def tokens_as(
+    name: str, change: Callable[[Distances, bytes], bytes], tensor: int = 0, number: int = 0
+) -> None:
+    planes_as(name, lambda given, tokens, low: (change(given, tokens), low), tensor, number)
+
+
+def recoded(
+    name: str, change: Callable[[Distances], Any], tensor: int = 0, number: int = 0
+) -> None:
+    """Everything written anew from what ``change`` has done to it."""
+
+    def made(given: Distances, tokens: bytes, low: bytes) -> tuple[bytes, bytes]:
+        change(given)
+        first, second = given.planes(2)
+        return first, second
+
+    planes_as(name, made, tensor, number)
+
+
+def other_table(
+    name: str, change: Callable[[list[Context]], Any], tensor: int = 0, number: int = 0
+) -> None:
+    """Another table before the same words."""
+
+    def made(given: Distances, tokens: bytes) -> bytes:
+        rest = tokens[len(table(given.contexts)) :]
+        change(given.contexts)
+        return table(given.contexts) + rest
+
+    tokens_as(name, made, tensor, number)
+
+
+for _what, _dtype, _width in (("f64", 16, 8), ("u16", 4, 2), ("i32", 7, 4)):
+    reject(
+        f"R-VALUES-distances-of-{_what}",
+        lambda f: assign(f.tensors[0], codec=CODED_ULP),
+        lambda d=_dtype, w=_width: File(
+            base=[Base(b"a", d, [3], bytes(3 * w))],
+            tensors=[
+                delta("a", [Base(b"a", d, [3], bytes(3 * w))], 0, {1: 1}),
+            ],
+        ),
+    )
+reject("R-VALUES-distances-new", lambda f: assign(f.tensors[2], codec=CODED_ULP))
+reject("R-VALUES-distances-copy", lambda f: assign(f.tensors[1], codec=CODED_ULP))
+reject("R-VALUES-distances-file", lambda f: assign(f.files[0], codec=CODED_ULP))
+with_distances("C-COUNT-distances", lambda f: f.tensors[0].chunks.pop())
+distances_chunk("C-NNZ-distances", 2, nnz=2100 - 2048 + 1)
+for _what, _codec in (("drawn", DRAWN), ("parameters", PARAMETERS), ("coded", CODED)):
+    distances_chunk(f"C-CODEC-distances-{_what}", 0, codec=_codec)
+for _what, _number in (("some", 0), ("nothing", 1)):
+    for _plane in range(4):
+        distances_chunk(
+            f"C-FLAGS-distances-{_what}-plane-{_plane}", _number, planes_zstd=1 << _plane
+        )
+    distances_chunk(f"C-FLAGS-distances-{_what}-reserved", _number, reserved=1)
+distances_chunk("C-FLAGS-distances-plane-of-f32", 0, 2, planes_zstd=8)
+distances_chunk("C-MASKSIZE-distances", 0, mask_raw=129)
+for _tensor, _what in enumerate(("bf16", "f16", "f32")):
+    _nnz, _bits = (146, 14) if _tensor == 0 else (90, 14 if _tensor == 1 else 30)
+    _most = -(-_nnz * _bits // 8)
+    distances_chunk(f"C-STORED-distances-{_what}-no-tokens", 0, _tensor, sizes=[0, 9])
+    distances_chunk(f"C-STORED-distances-{_what}-tokens-least", 0, _tensor, sizes=[21, 9])
+    distances_chunk(
+        f"C-STORED-distances-{_what}-tokens-most", 0, _tensor, sizes=[8402 + 2 * _nnz, 9]
+    )
+    distances_chunk(f"C-STORED-distances-{_what}-low-most", 0, _tensor, sizes=[99, _most + 1])
+    distances_chunk(f"C-STORED-distances-{_what}-third-plane", 0, _tensor, sizes=[99, 9, 1])
+    distances_chunk(
+        f"C-STORED-distances-{_what}-last-plane", 0, _tensor, sizes=[99, 9, *[0] * 5, 1]
+    )
+distances_chunk("C-STORED-distances-of-nothing", 1, planes=[bytes(22), b""])
+distances_chunk("C-STORED-distances-of-nothing-one-byte", 1, planes=[b"\0", b""])
+distances_chunk("C-STORED-distances-of-nothing-low", 1, planes=[b"", b"\0"])
+distances_chunk("C-STORED-distances-mask", 0, mask_stored=127)
+distances_chunk("C-STORED-distances-mask-not-smaller", 0, mask_zstd=1)
+
+
+def _expanding_distances(kept: int, tokens: int, low: int, digest: bytes | None = None) -> File:
+    """Two chunks of 2^24 elements, which alone count for 64 MiB and 1,068 bytes, and a third."""
+    shape = [(2 << 24) + kept]
+    base = Base(b"w", 14, shape, b"")
+    chunks = [expanding_chunk(n, t, 2) for n, t in ((1 << 24, 22), (1 << 24, 22), (kept, tokens))]
+    chunks[2].planes[1] = bytes(low)
+    chunks[0].digest = digest
+    return File([base], [Entry(b"w", 14, shape, DELTA, CODED_ULP, 24, 0, b"", chunks)])
+
+
+# At the limit, where the next fault is reported, and one byte beyond it.
+for _what, _kept, _tokens, _low in (
+    ("elements", 8415, 22, 0),
+    ("a-second-context", 9180, 27, 1),
+    ("64-contexts", 33087, 342, 0),
+):
+    reject(
+        f"P-DIGEST-distances-as-many-{_what}-as-may-be",
+        lambda f: None,
+        lambda k=_kept, t=_tokens, n=_low: _expanding_distances(k, t, n, bytes(8)),
+    )
+    reject(
+        f"C-EXPANSION-distances-{_what}",
+        lambda f: None,
+        lambda k=_kept, t=_tokens, n=_low: _expanding_distances(k, t, n + 1),
+    )
+
+other_table("P-TABLE-no-contexts", lambda c: c.clear())
+tokens_as("P-TABLE-65-contexts", lambda given, _: table([Context(i, 0, [4096]) for i in range(65)]))
+tokens_as("P-TABLE-255-contexts", lambda _, tokens: b"\xff" + tokens[1:])
+tokens_as("P-TABLE-one-context-more", lambda _, tokens: b"\3" + tokens[1:])
+tokens_as("P-TABLE-zeros", lambda _, tokens: bytes(len(tokens)))
+other_table("P-TABLE-first-exponent-1", lambda c: assign(c[0], first_exponent=1))
+other_table("P-TABLE-first-exponents-equal", lambda c: assign(c[1], first_exponent=0))
+other_table(
+    "P-TABLE-first-exponents-descend",
+    lambda c: c.extend([Context(200, 0, [4096]), Context(199, 0, [4096])]),
+)
+other_table("P-TABLE-no-tokens", lambda c: c.insert(1, Context(100, 5, [])))
+other_table("P-TABLE-sum-less", lambda c: c.append(Context(200, 2, [4095])))
+other_table("P-TABLE-sum-more", lambda c: c.append(Context(200, 2, [4095, 2])))
+other_table("P-TABLE-sum-0", lambda c: c.append(Context(200, 2, [0])))
+other_table("P-TABLE-sum-wraps", lambda c: c.append(Context(200, 2, [4096, 65535, 1])))
+other_table("P-TABLE-share-of-65535", lambda c: c.append(Context(200, 2, [65535])))
+other_table("P-TABLE-first-share-0", lambda c: c.append(Context(200, 2, [0, 4096])))
+other_table("P-TABLE-last-share-0", lambda c: c.append(Context(200, 2, [4096, 0])))
+other_table("P-TABLE-token-1-alone", lambda c: c.append(Context(200, 1, [4096])))
+other_table("P-TABLE-token-1-among-others", lambda c: c.append(Context(200, 0, [4000, 1, 95])))
+for _tensor, _what, _most in ((0, "bf16", 32), (1, "f16", 32), (2, "f32", 64)):
+    other_table(
+        f"P-TABLE-{_what}-token-too-many",
+        lambda c, n=_most: c.append(Context(200, n, [4096])),
+        _tensor,
+    )
+    other_table(
+        f"P-TABLE-{_what}-tokens-too-many",
+        lambda c, n=_most: c.append(Context(200, 2, [1, *[0] * (n - 3), 4095])),
+        _tensor,
+    )
+    other_table(
+        f"P-TABLE-{_what}-tokens-255",
+        lambda c: c.append(Context(200, 255, [4096] * 255)),
+        _tensor,
+    )
+tokens_as(
+    "P-TABLE-cut-after-a-context",
+    lambda given, _: b"\2" + Context(0, 0, [4096 - 22, *[0], *[1] * 22]).stream(),
+)
+tokens_as(
+    "P-TABLE-cut-in-a-head-of-3",
+    lambda given, _: b"\2" + Context(0, 0, [4096 - 22, *[0], *[1] * 22]).stream() + b"\x76\0",
+)
+tokens_as(
+    "P-TABLE-cut-in-shares",
+    lambda given, _: b"\1" + Context(0, 0, [4096 - 22, *[0], *[1] * 22], 25).stream(),
+)
+tokens_as("P-TABLE-half-a-word", lambda given, tokens: tokens[:-1])
+tokens_as("P-TABLE-half-a-word-more", lambda given, tokens: tokens + b"\0")
+tokens_as("P-TABLE-no-words", lambda given, _: table(given.contexts))
+tokens_as("P-TABLE-seven-words", lambda given, t: t[: len(table(given.contexts)) + 14])
+tokens_as("P-TABLE-seven-words-and-a-half", lambda given, t: t[: len(table(given.contexts)) + 15])
+
+
+def words_as(
+    name: str, change: Callable[[list[int]], Any], tensor: int = 0, number: int = 0
+) -> None:
+    """Other words behind the same table."""
+
+    def made(given: Distances, tokens: bytes) -> bytes:
+        words = words_of_tokens(given.coded, given.contexts)
+        change(words)
+        return table(given.contexts) + word_bytes(words)
+
+    tokens_as(name, made, tensor, number)
+
+
+def lower_state(words: list[int], number: int) -> None:
+    words[2 * number + 1] = 0
+
+
+for _state in range(4):
+    words_as(f"P-CODE-distances-begin-too-low-{_state}", lambda w, j=_state: lower_state(w, j))
+    for _number in (0, 2):
+        recoded(
+            f"P-CODE-distances-end-in-another-state-{_state}-of-chunk-{_number}",
+            lambda d, j=_state: assign(d, end=[LOWEST_STATE + (i == j) for i in range(4)]),
+            number=_number,
+        )
+words_as("P-CODE-distances-word-missing", lambda w: w.pop())
+words_as("P-CODE-distances-words-missing", lambda w: w.__delitem__(slice(8, None)))
+words_as("P-CODE-distances-word-left", lambda w: w.append(0))
+words_as("P-CODE-distances-word-left-of-five", lambda w: w.append(1), number=2)
+words_as("P-CODE-distances-words-left-of-f32", lambda w: w.extend([0, 0]), 2)
+recoded(
+    "P-CODE-distances-end-a-word-more",
+    lambda d: assign(d, end=[2 * LOWEST_STATE] * 4),
+)
+recoded("P-CODE-distances-of-one-less", lambda d: d.coded.pop())
+recoded("P-CODE-distances-of-one-more", lambda d: d.coded.append((0, d.contexts[0].first_token)))
+other_table("P-CODE-distances-other-contexts", lambda c: assign(c[1], first_exponent=119))
+
+
+def _largest(nnz: int, bits: int) -> tuple[bytes, bytes]:
+    """Planes as large as they may be: 64 whole contexts, words for all, low bits for all."""
+    contexts = [Context(i, 0, [4096 - 62, 0, *[1] * 62]) for i in range(64)]
+    return table(contexts) + word_bytes([1] * (8 + nnz)), bytes(-(-nnz * bits // 8))
+
+
+planes_as("P-TAIL-distances-largest", lambda *_: _largest(90, 30), 2)
+planes_as("P-CODE-distances-largest", lambda *_: (_largest(90, 30)[0], b""), 2)
+for _tensor, _what in enumerate(("bf16", "f16", "f32")):
+    planes_as(
+        f"P-TAIL-distances-{_what}-low-bits-missing", lambda _, t, low: (t, low[:-1]), _tensor
+    )
+    planes_as(f"P-TAIL-distances-{_what}-no-low-bits", lambda _, t, low: (t, b""), _tensor)
+    planes_as(f"P-TAIL-distances-{_what}-byte-left", lambda _, t, low: (t, low + b"\0"), _tensor)
+    planes_as(
+        f"P-TAIL-distances-{_what}-byte-of-ones-left", lambda _, t, n: (t, n + b"\xff"), _tensor
+    )
+    planes_as(
+        f"P-TAIL-distances-{_what}-last-bit",
+        lambda _, t, low: (t, low[:-1] + bytes([low[-1] | 0x80])),
+        _tensor,
+    )
+planes_as("P-TAIL-distances-of-five", lambda _, t, low: (t, low + b"\0"), number=2)
+
+# Which comes first.
+planes_as(
+    "P-TABLE-before-state",
+    lambda given, _, low: (table([*given.contexts, Context(200, 2, [4095])]) + bytes(16), low),
+)
+planes_as("P-TABLE-before-low-bits", lambda given, tokens, low: (b"\0" + tokens[1:], b""))
+planes_as(
+    "P-CODE-distances-state-before-low-bits",
+    lambda given, _, low: (table(given.contexts) + bytes(16), b""),
+)
+planes_as(
+    "P-CODE-distances-word-missing-before-low-bits-left",
+    lambda _, tokens, low: (tokens[:-2], low + b"\0"),
+)
+planes_as(
+    "P-TAIL-distances-low-bits-missing-before-words-left",
+    lambda _, tokens, low: (tokens + b"\0\0", low[:-1]),
+)
+planes_as(
+    "P-TAIL-distances-byte-left-before-words-left",
+    lambda _, tokens, low: (tokens + b"\0\0", low + b"\0"),
+)
+planes_as(
+    "P-TAIL-distances-no-low-bits-before-word-missing",
+    lambda _, tokens, low: (tokens[:-2], b""),
+)
+with_distances(
+    "P-POPCOUNT-before-table",
+    lambda f: assign(
+        f.tensors[0].chunks[0],
+        mask=b"\0" + f.tensors[0].chunks[0].mask[1:],
+        planes=[bytes(40), b""],
+    ),
+)
+with_distances(
+    "P-TABLE-before-popcount-of-the-next-chunk",
+    lambda f: (
+        assign(f.tensors[0].chunks[0], planes=[bytes(40), b""]),
+        assign(f.tensors[1], sha256=sha(b"")),
+    ),
+)
+distances_chunk("P-DIGEST-distances", 0, digest=bytes(8))
+distances_chunk("P-DIGEST-distances-of-nothing", 1, digest=bytes(8))
+distances_chunk("P-DIGEST-distances-before-table", 0, digest=bytes(8), planes=[bytes(40), b""])
+with_distances(
+    "C-PADDING-distances",
+    lambda f: assign(
+        f.tensors[0].chunks[2], padding=bytes(-len(f.tensors[0].chunks[2].data) % 8 - 1) + b"\1"
+    ),
+)
+planes_as(
+    "D-DIGEST-distances",
+    lambda _, tokens, low: (tokens, bytes([low[0] ^ 1]) + low[1:]),
+)
+distances_chunk("C-FLAGS-distances-before-stored", 0, planes_zstd=1, sizes=[21, 9])
+distances_chunk("C-MASKSIZE-distances-before-stored", 0, mask_raw=129, sizes=[21, 9])
+
 # Digests of deltas can only be compared beside the base.
 BESIDE: dict[str, Callable[[], File]] = {
     "D-DIGEST-delta": good,
@@ -1353,14 +1713,20 @@ BESIDE: dict[str, Callable[[], File]] = {
     "D-DIGEST-levels": good_signs,
     "D-DIGEST-signs-of-nothing": lambda: VALID["signs-and-levels-of-nothing"](),
     "D-DIGEST-grid": good_grid,
+    **dict.fromkeys(BESIDE_DISTANCES, good_distances),
 }
 
-# The right file beside another base: name, and what is done to the base of ``good``.
-WRONG_BASE: dict[str, Callable[[list[Base]], None]] = {
-    "value-used": lambda base: assign(base[0], data=b"\xff" + base[0].data[1:]),
-    "value-copied": lambda base: assign(base[1], data=base[1].data[:-1] + b"\x5a"),
-    "shape": lambda base: assign(base[0], shape=[25, 100]),
-    "dtype": lambda base: assign(base[0], dtype=13),
-    "missing": lambda base: base.__delitem__(0),
-    "renamed": lambda base: assign(base[1], name=b"c"),
+# The right file beside another base: the file, and what is done to its base.
+WRONG_BASE: dict[str, tuple[Callable[[], File], Callable[[list[Base]], None]]] = {
+    "value-used": (good, lambda base: assign(base[0], data=b"\xff" + base[0].data[1:])),
+    "value-copied": (good, lambda base: assign(base[1], data=base[1].data[:-1] + b"\x5a")),
+    "shape": (good, lambda base: assign(base[0], shape=[25, 100])),
+    "dtype": (good, lambda base: assign(base[0], dtype=13)),
+    "missing": (good, lambda base: base.__delitem__(0)),
+    "renamed": (good, lambda base: assign(base[1], name=b"c")),
+    "exponents-of-distances": (
+        good_distances,
+        lambda base: assign(base[0], data=base[0].data[:-1] + b"\x5a"),
+    ),
+    "no-distance-decodes": (good_distances, lambda base: assign(base[2], data=bytes(360))),
 }

@@ -7,7 +7,9 @@ import json
 import math
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
+from distances import Context, Distances, coded_ulp, distances_of, exponent_of, moved
 from grids import GridParameters, grid, grid_parameters
 from parts import (
     BITMASK,
@@ -38,6 +40,7 @@ from parts import (
     new,
     random_words,
     side_file,
+    words_of,
 )
 from signs import (
     NEVER,
@@ -1198,6 +1201,245 @@ def grid_beside_others() -> File:
         delta("ulp", bases, 0, {7: words[7] ^ 1, 2099: 0}, codec=ULP),
     ]
     assert len({tensor.data for tensor in tensors[1:4]}) == 1
+    return File(base=bases, tensors=tensors, files=[side_file("config.json", b"{}")])
+
+
+# -- coded distances -----------------------------------------------------------------------------
+
+
+def on_weights(
+    tensors: dict[str, tuple[str, list[int]]],
+    distance: Callable[[str, int], int],
+    **options: object,
+) -> File:
+    """A file of small weights, each so far from what it was; 0 where it is not kept."""
+
+    def make(name: str, bases: list[Base], index: int) -> Entry:
+        bits = 8 * DTYPES[tensors[name][0]][1]
+        words = enumerate(words_of(bases[index]))
+        changes = {p: moved(w, distance(name, p), bits) for p, w in words if distance(name, p)}
+        return coded_ulp(name, bases, index, changes, **options)  # type: ignore[arg-type]
+
+    return stored_on(make, tensors)
+
+
+def some_distance(name: str, position: int) -> int:
+    """Small ones often, of a third of all elements."""
+    source = random.Random(f"{name}{position}")
+    return 1 + int(source.expovariate(0.05)) if source.random() < 0.33 else 0
+
+
+@valid
+def distances_of_each_dtype() -> File:
+    """In several contexts, of which some have no element."""
+    shape = [3, 700]
+    return on_weights(
+        {dtype.lower(): (dtype, shape) for dtype in QUANTISED},
+        some_distance,
+        firsts=(0, 3, 8, 10, 112, 117, 121, 255),
+    )
+
+
+@valid
+def distances_of_each_rank() -> File:
+    shapes = {f"rank{len(shape)}": shape for shape in ([], [5], [3, 5], [2, 2, 3])}
+    shapes["rank8"] = [2, 1, 3, 1, 5, 1, 1, 2]
+    return on_weights(
+        {name: ("F16", shape) for name, shape in shapes.items()}, lambda _, p: 1 + p % 9
+    )
+
+
+@valid
+def distances_of_every_length() -> File:
+    """Every token that a dtype has, with low bits 0 and 1; the largest is half of all floats."""
+    file = on_weights(
+        {dtype.lower(): (dtype, [5 * 8 * DTYPES[dtype][1]]) for dtype in QUANTISED},
+        lambda name, p: every_length(8 * DTYPES[name.upper()][1])[p],
+    )
+    assert {z for _, z in distances_at(file, 2, 0).coded} == {0, *range(2, 64)}
+    assert {z for _, z in distances_at(file, 1, 0).coded} == {0, *range(2, 32)}
+    return file
+
+
+def every_length(bits: int) -> list[int]:
+    found = []
+    for length in range(1, bits + 1):
+        low, high = 1 << (length - 1), (1 << length) - 1
+        found += [low, high, (2 * low + high) // 3, high - (length > 2), low + (length > 3)]
+    return found
+
+
+def distances_at(file: File, tensor: int, number: int) -> Distances:
+    """What a chunk of one context says."""
+    entry, base = file.tensors[tensor], file.base[tensor]
+    part = slice(number << entry.chunk_log2, (number + 1) << entry.chunk_log2)
+    after = words_of(replace(base, data=entry.data))
+    return distances_of(words_of(base)[part], after[part], base.dtype)
+
+
+@valid
+def distances_from_specials() -> File:
+    """From and to zeros of both signs, subnormals, infinities and NaNs."""
+    bases, tensors = [], []
+    for index, dtype in enumerate(QUANTISED):
+        words = specials(dtype)
+        name, size = dtype.lower(), len(words)
+        before = [word for word in words for _ in words]
+        bases.append(base_tensor(name, dtype, [size, size], before))
+        changes = dict(enumerate(words * size))
+        tensors.append(coded_ulp(name, bases, index, changes, firsts=(0, 1, 15, 31)))
+    return File(base=bases, tensors=tensors)
+
+
+@valid
+def distances_of_nothing_and_of_all() -> File:
+    """Chunks that keep nothing, one element, all but one and all; 1 to 5 elements for 4 states."""
+    kept = (lambda p: 0, lambda p: p == 1500, lambda p: 1, lambda p: p != 4000, lambda p: 0)
+    kept += tuple(lambda p, n=n: p % 1024 in (0, 5, 511, 512, 1023)[:n] for n in range(2, 6))
+    file = on_weights(
+        {"none": ("BF16", [9 * 1024]), "some": ("BF16", [9 * 1024])},
+        lambda name, p: 0 if name == "none" else int(kept[p // 1024](p)) * (1 + p % 7),
+        masks=BITMASK,
+    )
+    assert [chunk.nnz for chunk in file.tensors[1].chunks] == [0, 1, 1024, 1023, 0, 2, 3, 4, 5]
+    return file
+
+
+@valid
+def distances_by_each_mask() -> File:
+    """Masks may be frames, planes never are."""
+    codecs = {"bitmask": BITMASK, "gap16": GAP16, "gap8": GAP8}
+    shape = [4096]
+
+    def make(name: str, bases: list[Base], index: int) -> Entry:
+        mask, compress = name.split(".")
+        words = words_of(bases[index])
+        changes = {p: words[p] ^ 1 for p in range(64, 3000, 8)}
+        return coded_ulp(
+            name,
+            bases,
+            index,
+            changes,
+            masks=codecs[mask],
+            compress=compress == "zstd",
+            chunk_log2=12,
+        )
+
+    file = stored_on(
+        make, {f"{mask}.{how}": ("F16", shape) for mask in codecs for how in ("raw", "zstd")}
+    )
+    assert [entry.chunks[0].mask_zstd for entry in file.tensors] == [0, 1] * 3
+    return file
+
+
+@valid
+def distances_of_64_contexts() -> File:
+    """As many as there may be, next to each other and up to the last exponent."""
+    words = [(4 * (i % 64) + 3) << 7 | i % 128 for i in range(2000)]
+    bases = [
+        base_tensor("close", "BF16", [2000], words),
+        base_tensor("wide", "BF16", [2000], words),
+    ]
+    changes = {i: moved(word, 1 + i % (i % 64 + 1), 16) for i, word in enumerate(words)}
+    return File(
+        base=bases,
+        tensors=[
+            coded_ulp("close", bases, 0, changes, firsts=(0, *range(193, 256)), chunk_log2=11),
+            coded_ulp("wide", bases, 1, changes, firsts=range(0, 256, 4), chunk_log2=11),
+        ],
+    )
+
+
+@valid
+def distances_in_contexts_at_their_edges() -> File:
+    """Every exponent, of both signs; a context that begins at each, and one exponent later."""
+    words = [sign << 15 | e << 7 | 5 for e in range(256) for sign in (0, 1)]
+    changes = {i: moved(word, 1 + word % 5, 16) for i, word in enumerate(words)}
+    bases = [base_tensor(f"w{first:03}", "BF16", [512], words) for first in (1, 2, 127, 254, 255)]
+    tensors = [
+        coded_ulp(base.name.decode(), bases, i, changes, firsts=(0, int(base.name[1:])))
+        for i, base in enumerate(bases)
+    ]
+    assert {exponent_of(word, 14) for word in words} == set(range(256))
+    return File(base=bases, tensors=tensors)
+
+
+@valid
+def distances_all_the_same() -> File:
+    """A share of 4096: states don't move, and there are no words behind them."""
+    each = {"one": 1, "two": 2, "three": 3, "four": 4, "largest": 65535}
+    file = on_weights(
+        dict.fromkeys(sorted(each), ("BF16", [1500])), lambda name, _: each[name], chunk_log2=11
+    )
+    assert all(len(entry.chunks[0].planes[0]) == 22 for entry in file.tensors)
+    sizes = {entry.name.decode(): len(entry.chunks[0].planes[1]) for entry in file.tensors}
+    assert sizes == {"four": 188, "largest": 2625, "one": 0, "three": 0, "two": 0}
+    return file
+
+
+@valid
+def distances_that_are_rare() -> File:
+    """Shares of 1 and of 4095, where states are least and words most; two tokens in turn."""
+    rare = {"even": 2, "often": 4, "once": 4096}
+
+    def change(_: int, given: Distances) -> Distances:
+        tokens = [token for _, token in given.coded]
+        first, last = min(tokens), max(tokens)
+        shares = [1, *[0] * (last - first - 1), 4095]
+        if tokens.count(first) < len(tokens) // 2:
+            shares.reverse()  # what is rare gets nearly all
+        return replace(given, contexts=[Context(0, first, shares)])
+
+    return on_weights(
+        dict.fromkeys(rare, ("F32", [5000])),
+        lambda name, p: 1 if p % rare[name] == 7 % rare[name] else 9 + p % 3,
+        chunk_log2=13,
+        change=change,
+    )
+
+
+@valid
+def distances_with_tokens_that_do_not_occur() -> File:
+    """All tokens of the dtype have a share, in each of 64 contexts; the largest table."""
+
+    def change(number: int, given: Distances) -> Distances:
+        shares = [1, 0, *[1] * 61, 4096 - 62]
+        return replace(given, contexts=[Context(4 * i, 0, shares) for i in range(64)])
+
+    file = on_weights({"w": ("F32", [300])}, lambda _, p: 1 + p * p, change=change)
+    assert len(file.tensors[0].chunks[0].planes[0]) > 1 + 64 * 131 + 16
+    return file
+
+
+@valid
+def distances_whose_low_bits_fill_bytes() -> File:
+    """0 to 17 low bits in all: the last byte is full, or holds one bit."""
+    sizes = {f"bits{n:02}": [1 << (n % 9 + 1), 1 << (n - n % 9 + 1), 3] for n in range(18)}
+    file = on_weights({name: ("F32", [3]) for name in sizes}, lambda name, p: sizes[name][p])
+    assert [len(entry.chunks[0].planes[1]) for entry in file.tensors] == [
+        -(-n // 8) for n in range(18)
+    ]
+    return file
+
+
+@valid
+def distances_beside_others() -> File:
+    """Several tensors of one base tensor, in several codecs and chunk sizes; an empty one."""
+    shape, words = [30, 70], weights("beside", 2100, "BF16")
+    bases = [base_tensor("empty", "F32", [0, 4], []), base_tensor("w", "BF16", shape, words)]
+    changes = {i: word + 1 + i % 3 for i, word in enumerate(words) if i % 5 < 2}
+    tensors = [
+        *(
+            coded_ulp(f"coded.{n}", bases, 1, changes, firsts=(0, 118), chunk_log2=n)
+            for n in (10, 11, 24)
+        ),
+        copy("copy", bases, 1),
+        coded_ulp("empty", bases, 0, {}),
+        grid("grid", bases, 1, some_grid(shape), integers("beside")),
+        new("new", "BF16", [3], [1, 2, 3]),
+        delta("ulp", bases, 1, changes, codec=ULP),
+    ]
+    assert len({tensor.data for tensor in (*tensors[:3], tensors[-1])}) == 1
     return File(base=bases, tensors=tensors, files=[side_file("config.json", b"{}")])
 
 

@@ -347,8 +347,9 @@ def _check_chunks(entries: tuple[TensorEntry, ...], chunks: npt.NDArray[np.void]
     most = ulp_coding.most_token_bytes(nnz), ulp_coding.most_low_bytes(itemsize, nnz)
     fits = (coded[:, 0] >= ulp_coding.LEAST_TOKEN_BYTES) & (coded[:, 0] <= most[0])
     fits &= coded[:, 1] <= most[1]
+    coded_bytes = coded.sum(axis=1) * is_coded
     _check(
-        ~is_coded | np.where(nnz > 0, fits, (coded == 0).all(axis=1)),
+        ~is_coded | np.where(nnz > 0, fits, coded_bytes == 0),
         "C-STORED",
         "has distances stored in an impossible size",
     )
@@ -365,7 +366,7 @@ def _check_chunks(entries: tuple[TensorEntry, ...], chunks: npt.NDArray[np.void]
     work = np.where(is_signs, codecs.drawing_work(length), 0)
     work += np.where(codec == MaskCodec.CODED, codecs.decoding_work(length, nnz), 0)
     work += np.where(is_coded, codecs.distances_work(coded[:, 0], itemsize, nnz), 0)
-    return int((raw + plane_raw_bytes * planes + work).sum())
+    return int((raw + plane_raw_bytes * planes + coded_bytes + work).sum())
 
 
 def _check(holds: npt.NDArray[np.bool_], rule: str, fault: str) -> None:

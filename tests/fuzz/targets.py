@@ -19,7 +19,7 @@ import numpy as np
 import zstandard
 
 import minimal_reader
-from nps_compress import codecs, entropy_coding, grid_codec, sign_codec
+from nps_compress import codecs, entropy_coding, grid_codec, sign_codec, ulp_coding
 from nps_compress.codecs import MaskCodec, ValueCodec
 from nps_compress.dtypes import BY_NAME, DTYPES, PRUNABLE, DType, Words
 from nps_compress.errors import FormatError
@@ -209,10 +209,66 @@ def magnitude_seeds() -> list[bytes]:
     return out
 
 
+# -- coded distances ----------------------------------------------------------------------------
+
+
+_DTYPES = tuple(BY_NAME[name] for name in sorted(PRUNABLE))
+
+
+def distances(data: bytes) -> None:
+    """Dtype, number of elements, size of the tokens (2), then base words, tokens and low bits."""
+    if len(data) < 4:
+        return
+    dtype = _DTYPES[data[0] % len(_DTYPES)]
+    start = 4 + (1 + data[1] % 200) * dtype.itemsize
+    end = start + max(int.from_bytes(data[2:4], "little"), ulp_coding.LEAST_TOKEN_BYTES)
+    if len(data) < end:
+        return
+    base = np.frombuffer(data[4:start], dtype.word)
+    tokens = data[start:end][: ulp_coding.most_token_bytes(base.size)]
+    low = data[end:][: ulp_coding.most_low_bytes(dtype.itemsize, base.size)]
+    wanted: list[int] | str
+    try:
+        wanted = minimal_reader.decode_distances(dtype.name, tokens, low, base.tolist(), "")
+    except minimal_reader.Refused as refusal:
+        wanted = refusal.rule
+    try:
+        planes = codecs.decode_distances((tokens, low), base, dtype)
+        payload = np.ascontiguousarray(planes.T).view(dtype.word)[:, 0]
+        found: list[int] | str = payload.tolist()
+    except FormatError as error:
+        found = error.rule
+    assert found == wanted, (found, wanted)
+    if isinstance(found, str):
+        return
+    exponents = ulp_coding.exponents_of(base, dtype)
+    again = ulp_coding.encode_distances(payload.astype(np.uint32) + np.uint32(1), exponents)
+    assert np.array_equal(codecs.decode_distances(again, base, dtype), planes)
+
+
+def distance_seeds() -> list[bytes]:
+    """Few and many, of one length and of all, in one context and in several, in each dtype."""
+    rng, out = np.random.default_rng(0), []
+    for number, dtype in enumerate(_DTYPES):
+        bits = 8 * dtype.itemsize
+        for size, length in ((1, 1), (3, bits), (200, 1), (200, 6), (200, bits)):
+            base = np.frombuffer(rng.bytes(size * dtype.itemsize), dtype.word)
+            found = (rng.integers(1, 1 << length, size) >> rng.integers(0, length, size)) | 1
+            exponents = ulp_coding.exponents_of(base, dtype)
+            tokens, low = ulp_coding.encode_distances(found.astype(np.uint32), exponents)
+            head = bytes([number, size - 1]) + len(tokens).to_bytes(2, "little")
+            out.append(head + base.tobytes() + tokens + low)
+            if tokens[0] == 1 and size == 200:  # another context like it, for some of the words
+                end = 4 + 2 * tokens[3]
+                two = b"\2" + tokens[1:end] + b"\x0f" + tokens[2:end] + tokens[end:]
+                head = head[:2] + len(two).to_bytes(2, "little")
+                out.append(head + base.tobytes() + two + low)
+    return out
+
+
 # -- signs, levels and grids ---------------------------------------------------------------------
 
 _QUANTISED = (ValueCodec.SIGNS, ValueCodec.LEVELS, ValueCodec.GRID)
-_DTYPES = tuple(BY_NAME[name] for name in sorted(PRUNABLE))
 _SIDE = 12
 
 
@@ -446,11 +502,11 @@ MOST_EXAMINED = 1 << 13
 
 
 def _examined(path: Path) -> int:
-    """Elements of which readers must find out which are kept; 0 for what is refused at once."""
-    lossy = (ValueCodec.SIGNS, ValueCodec.GRID)
+    """Elements that are drawn or coded; 0 for what is refused at once."""
+    slow = (ValueCodec.SIGNS, ValueCodec.GRID, ValueCodec.CODED_ULP)
     try:
         with NpsReader(path) as nps:
-            return sum(entry.numel for entry in nps.tensors if entry.value_codec in lossy)
+            return sum(entry.numel for entry in nps.tensors if entry.value_codec in slow)
     except FormatError:
         return 0
 
@@ -465,10 +521,20 @@ def _rebuild(path: Path, data: bytes) -> None:
             size = entry.numel * entry.dtype.itemsize
             base = np.frombuffer(np.random.default_rng(0).bytes(size), entry.dtype.word).copy()
             wanted = base.copy()
-            for place, kept, payload in minimal._chunks(record):
-                part = wanted[place]
-                part[kept] = minimal_reader.apply_payload(record, part[kept], payload)
-            assert np.array_equal(task.rebuild_words(entry.name, base), wanted), entry
+            rules = [""] * 2  # distances may be refused beside a base
+            try:
+                for place, kept, payload in minimal._chunks(record, wanted):
+                    part = wanted[place]
+                    part[kept] = minimal_reader.apply_payload(record, part[kept], payload)
+            except minimal_reader.Refused as refusal:
+                rules[0] = refusal.rule
+            try:
+                found = task.rebuild_words(entry.name, base)
+            except FormatError as error:
+                rules[1], found = error.rule, wanted
+            assert rules[0] == rules[1], (entry, rules)
+            assert not rules[0] or entry.value_codec is ValueCodec.CODED_ULP
+            assert np.array_equal(found, wanted), entry
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
@@ -477,6 +543,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "zstd": zstd,
     "values": values,
     "magnitudes": magnitudes,
+    "distances": distances,
     "quantised": quantised,
 }
-SEEDS = {"magnitudes": magnitude_seeds, "quantised": quantised_seeds}
+SEEDS = {"magnitudes": magnitude_seeds, "distances": distance_seeds, "quantised": quantised_seeds}
