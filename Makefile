@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PEERS := benchmarks/peers
 
-.PHONY: help install demo test check format clean bench memory vectors conformance fuzz quality
+.PHONY: help install demo test check format clean bench memory vectors conformance fuzz quality sizes
 .PHONY: storage storage-peers
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo "make vectors  write the format's conformance vectors"
 	@echo "make conformance  read every vector with every reader, write format_spec/CONFORMANCE.md"
 	@echo "make fuzz     fuzz reader and codecs, FUZZ_SECONDS each (default 60; Linux)"
+	@echo "make sizes    write the table of the codecs' sizes, tests/sizes.csv"
 	@echo "make quality  quality against bits: baselines and ours on six real fine-tunes (hours)"
 	@echo "make storage  size, encode and decode speed beside every peer (about an hour)"
 	@echo "make storage-peers  install those peers, each in an environment of its own (5 GB of disk)"
@@ -77,6 +78,9 @@ FUZZ_SECONDS ?= 60
 fuzz: $(STAMP)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt atheris
 	@$(BIN)/python tests/fuzz/run.py --seconds $(FUZZ_SECONDS)
+
+sizes: $(STAMP)
+	@$(BIN)/python tests/sizes.py
 
 clean:
 	rm -rf $(VENV) $(PEERS)/.envs demo-output fuzz-work build dist *.egg-info
