@@ -24,7 +24,7 @@ from nps_compress.prune import (
     subspaces_by_exponent,
     tensor_seed,
 )
-from nps_compress.rank_one import Exponents, RankOne, rows_and_columns
+from nps_compress.rank_one import ZERO, Exponents, RankOne, rows_and_columns
 from nps_compress.recipe import Recipe
 from nps_compress.sign_codec import SignParameters, add_changes, level_changes
 from nps_compress.signs import Scales, levels_of, scales_of
@@ -171,6 +171,16 @@ class Pruner:
             scales = self._scales[name]
             return scales.signed(tau, part.start), scales.scores(importance, part)
         return tau, NEUTRAL if importance is None else importance.part(part.start, part.stop)
+
+    @property
+    def still_share(self) -> float:
+        """Of the elements that signs would move, those that the fine-tune leaves alone."""
+        still = sum(scales.still for scales in self._scales.values())
+        moved = sum(
+            int((scales.sizes.rows > ZERO).sum()) * int((scales.sizes.columns > ZERO).sum())
+            for scales in self._scales.values()
+        )
+        return still / moved if moved else 0.0
 
     def load(self, name: str) -> Loaded:
         """A tensor of base and fine-tune."""

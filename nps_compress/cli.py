@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from nps_compress.report import Quality
     from nps_compress.searching import SearchOptions
 
+_MOSTLY_STILL = 0.5
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -741,6 +743,12 @@ def _given(ctx: click.Context, names: set[str]) -> list[str]:
 
 
 def _print_pack(report: PackReport, as_json: bool) -> None:
+    if report.still_share > _MOSTLY_STILL:
+        click.echo(
+            f"note: the fine-tune leaves {report.still_share:.0%} of the weights alone that signs "
+            "may move; --lossless or --prune sampled know which",
+            err=True,
+        )
     if as_json:
         _print_json(
             {

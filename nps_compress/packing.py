@@ -45,6 +45,7 @@ class PackReport:
 
     ``quality``: what was kept, where it was measured: with a search, or a share asked for.
     ``relative_error``: of the pruned tensors (see distortion.py); None where none were pruned.
+    ``still_share``: of the elements that signs may move, those that the fine-tune leaves alone.
     """
 
     path: Path
@@ -56,6 +57,7 @@ class PackReport:
     recipe: Recipe | None
     quality: Quality | None = None
     relative_error: float | None = None
+    still_share: float = 0.0
 
     @property
     def density(self) -> float:
@@ -226,6 +228,7 @@ def write(
         root,
         pruner.recipe if pruner else None,
         relative_error=overall,
+        still_share=pruner.still_share if pruner and pruner.recipe.prune == "signs" else 0.0,
     )
 
 

@@ -27,10 +27,14 @@ Float32 = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Scales:
-    """Magnitudes of a tensor's changes: ``gain``, a float32 number, times ``sizes``."""
+    """Magnitudes of a tensor's changes: ``gain``, a float32 number, times ``sizes``.
+
+    ``still``: elements that don't change though others in their row and their column do.
+    """
 
     sizes: RankOne
     gain: float
+    still: int = 0
 
     def scores(self, importance: RankOne | None, part: slice) -> Float32:
         """Magnitude times importance of some elements. -> [n]; 0 where nothing is ever kept.
@@ -66,12 +70,12 @@ def scales_of(parts: Callable[[], Iterable[Float32]], rows: int, columns: int) -
     if not total > 0:
         return Scales(RankOne.of(np.zeros(rows), np.zeros(columns)), 0.0)
     sizes = RankOne.of(by_row * rows / total, by_column * columns / total)
-    start, squares, along = 0, 0.0, 0.0
+    start, squares, along, still = 0, 0.0, 0.0, 0
     for tau in parts():
         more = _project(tau, sizes.part(start, start + tau.size))
-        squares, along = squares + more[0], along + more[1]
+        squares, along, still = squares + more[0], along + more[1], still + more[2]
         start += tau.size
-    return Scales(sizes, float(np.float32(squares / along)) if along > 0 else 0.0)
+    return Scales(sizes, float(np.float32(squares / along)) if along > 0 else 0.0, still)
 
 
 def levels_of(tau: Float32) -> tuple[int, npt.NDArray[np.int8]]:
@@ -116,8 +120,11 @@ def _add_magnitudes(tau, start, by_row, by_column):  # type: ignore[no-untyped-d
 def _project(tau, sizes):  # type: ignore[no-untyped-def]
     squares = 0.0
     along = 0.0
+    still = 0
     for i in range(tau.size):
         value = np.float64(tau[i])
+        if value == 0.0 and sizes[i] > 0:
+            still += 1
         squares += value * value
         along += abs(value) * np.float64(sizes[i])
-    return squares, along
+    return squares, along, still

@@ -11,7 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
+from conftest import write_checkpoint
 
 import nps_compress
 from nps_compress.cli import main
@@ -101,6 +103,25 @@ def test_options_reach_the_file(tiny, tmp_path):
     ok("pack", *tiny, "-o", task, "--prune", "sampled", "--scope", "tensor", "--seed", 5)
     recipe = json.loads(nps_compress.inspect(task)["metadata"]["recipe"])
     assert (recipe["prune"], recipe["scope"], recipe["seed"]) == ("sampled", "tensor", 5)
+
+
+def test_signs_of_a_sparse_fine_tune_are_worth_a_note(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(100, 100, generator=generator)
+    changes = torch.randn(100, 100, generator=generator)
+    few = torch.rand(100, 100, generator=generator) < 0.3
+    rows = torch.arange(100)[:, None] < 30
+    for name, changed, share in (("few", few, "71%"), ("rows", rows, None), ("all", ~rows, None)):
+        folders = [
+            write_checkpoint(tmp_path / name / part, {"w": weights})
+            for part, weights in (("base", base), ("tuned", base + changes * changed))
+        ]
+        said = run("pack", *folders, "-o", tmp_path / f"{name}.nps").stderr
+        assert ("note: the fine-tune leaves" in said) == (share is not None)
+        assert share is None or share in said
+    few = [tmp_path / "few" / part for part in ("base", "tuned")]
+    said = run("pack", *few, "-o", tmp_path / "s.nps", "--prune", "sampled")
+    assert (said.exit_code, said.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(
