@@ -93,7 +93,7 @@ def decode_distances(
     at = _read_table(data, 16 * itemsize, context_of, shares)
     if at < 0 or (data.size - at) % 2 or data.size - at < 4 * _STATES:
         raise FormatError(*_FAULTS[_BAD_TABLE])
-    words = data[at:].view("<u2")
+    words = np.frombuffer(stream[at:], "<u2")  # aligned, so that one compiled loop does
     out = np.empty(exponents.size, np.uint32)
     bits = np.frombuffer(low, np.uint8)
     status: int = _decode(words, bits, exponents, context_of, shares, out)

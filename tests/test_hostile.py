@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from nps_compress.codecs import (
     ValueCodec,
     compress,
     decoding_work,
+    distances_work,
     drawing_work,
 )
 from nps_compress.dtypes import BY_NAME, DType
@@ -31,7 +33,7 @@ from nps_compress.grid_codec import GridParameters
 from nps_compress.rank_one import RankOne
 from nps_compress.sign_codec import SignParameters, parameter_chunk
 
-U8, BF16, F64 = BY_NAME["U8"], BY_NAME["BF16"], BY_NAME["F64"]
+U8, BF16, F32, F64 = (BY_NAME[name] for name in ("U8", "BF16", "F32", "F64"))
 LIMIT = 10**6
 
 
@@ -149,9 +151,25 @@ print(time.process_time() - start, peak() - before)
 """
 
 
-def measured(small: Path, path: Path) -> tuple[float, float]:
+# Beside a base of zeros, which takes no memory until it is read.
+MEASURE_REBUILDING = MEASURE.replace(
+    """    with NpsReader(Path(path)) as reader:
+        for entry in (*reader.tensors, *reader.files):
+            reader.verify(entry)
+""",
+    """    import numpy as np
+    from nps_compress.reconstruct import Task
+    with Task(path) as task:
+        for entry in task.reader.tensors:
+            task.rebuild_words(entry.name, np.zeros(entry.numel, entry.dtype.word))
+""",
+)
+assert MEASURE_REBUILDING != MEASURE
+
+
+def measured(small: Path, path: Path, script: str = MEASURE) -> tuple[float, float]:
     """Seconds of processor time and KiB that verifying ``path`` takes. small: of its kind."""
-    arguments = [sys.executable, "-c", MEASURE, str(small), str(path)]
+    arguments = [sys.executable, "-c", script, str(small), str(path)]
     done = subprocess.run(arguments, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     seconds, kib = map(float, done.stdout.split())
@@ -215,6 +233,60 @@ def test_what_elements_count_as_is_what_they_take(tmp_path: Path, kind: Callable
     counted = drawing_work(numel) if kind is nothing_drawn else decoding_work(numel, 0)
     assert seconds < 300e-9 * counted
     assert kib < 1 << 18
+
+
+def distances_of_no_bits(numel: int) -> EncodedChunk:
+    """All kept, one token with a share of 4096: nothing is stored for an element."""
+    table = bytes([1, 0, 0, 1]) + struct.pack("<H", 4096)
+    tokens = table + struct.pack("<4I", *[1 << 16] * 4)
+    work = distances_work(len(tokens), 4, numel)
+    return EncodedChunk(numel, MaskCodec.FULL, 0, False, b"", 0, (tokens, b""), work)
+
+
+def distances_of_64_contexts(_: int) -> EncodedChunk:
+    """One kept element, and as many tables as fit."""
+    contexts = b"".join(bytes([n, 0, 1]) + struct.pack("<H", 4096) for n in range(64))
+    tokens = b"\x40" + contexts + struct.pack("<4I", *[1 << 16] * 4)
+    work = distances_work(len(tokens), 4, 1)
+    return EncodedChunk(1, MaskCodec.GAP16, 2, False, b"\0\0", 0, (tokens, b""), work)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    ("make", "log2", "count"),
+    [
+        (distances_of_no_bits, 24, 1),
+        (distances_of_no_bits, 10, 11_500),
+        (distances_of_64_contexts, 10, 2_000),
+    ],
+)
+def test_distances_count_as_what_they_take(
+    tmp_path: Path, make: Callable[[int], EncodedChunk], log2: int, count: int
+) -> None:
+    """Of a file under 1 MB; each byte that they count as takes under 30 ns."""
+
+    def file(log2: int, count: int) -> bytes:
+        chunk = make(1 << log2)
+
+        def fill(writer: NpsWriter) -> list[BaseTensor]:
+            writer.add_chunks([chunk] * count)
+            shape, values = (count << log2,), ValueCodec.CODED_ULP
+            writer.add_tensor(TensorEntry("t", F32, shape, Op.DELTA, values, log2, 0, bytes(32)))
+            return [BaseTensor("t", F32, shape, bytes(32))]
+
+        return build(fill, 0)
+
+    small, path = tmp_path / "small.nps", tmp_path / "x.nps"
+    small.write_bytes(file(10, 1))
+    path.write_bytes(file(log2, count))
+    assert path.stat().st_size < LIMIT
+    chunk = make(1 << log2)
+    counted = count * (chunk.raw_bytes + chunk.work)
+    assert counted > 0.7 * layout.EXPANSION_SLACK
+    seconds, kib = measured(small, path, MEASURE_REBUILDING)
+    print(f"{1e9 * seconds / counted:.1f} ns a byte")
+    assert seconds < 30e-9 * counted
+    assert kib < 1 << 19
 
 
 def test_one_step_further_is_refused(tmp_path):

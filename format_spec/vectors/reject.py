@@ -1611,6 +1611,21 @@ for _state in range(4):
             lambda d, j=_state: assign(d, end=[LOWEST_STATE + (i == j) for i in range(4)]),
             number=_number,
         )
+
+
+def _too_low_but_right(given: Distances, _: bytes) -> bytes:
+    """State 1, of one element, begins as start + 1; after it is 1, and with a word of 0 2^16."""
+    words = words_of_tokens(given.coded, given.contexts)
+    exponent, token = given.coded[1]
+    here = [each for each in given.contexts if each.first_exponent <= exponent][-1]
+    index = token - here.first_token
+    assert len(words) == 8
+    assert here.shares[index] > 1
+    words[2:4] = sum(here.shares[:index]) + 1, 0
+    return table(given.contexts) + word_bytes([*words, 0])
+
+
+tokens_as("P-CODE-distances-begin-too-low-but-end-right", _too_low_but_right, number=2)
 words_as("P-CODE-distances-word-missing", lambda w: w.pop())
 words_as("P-CODE-distances-words-missing", lambda w: w.__delitem__(slice(8, None)))
 words_as("P-CODE-distances-word-left", lambda w: w.append(0))

@@ -45,6 +45,9 @@ def timed(data: bytes) -> None:
 
 if __name__ == "__main__":
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
+    if TARGET == "reader":  # to compile takes longer than an input may
+        for seed in targets.distance_seeds():
+            targets.distances(seed)
     np.seterr(over="ignore")  # words wrap around; compiled code does so without a warning
     sys.argv[0] = os.environ.get("FUZZ_SELF", sys.argv[0])  # merging starts it anew by this name
     atheris.Setup(sys.argv, timed)
