@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import zipfile
 
 import pytest
@@ -10,6 +11,7 @@ from conftest import ROOT
 import targets
 
 CORPUS = ROOT / "tests" / "fuzz" / "corpus"
+ALL_THREE = struct.pack("<4BH4I", 1, 0, 3, 1, 4096, *[1 << 16] * 4)  # distances of no bits
 
 
 @pytest.mark.parametrize("name", sorted(targets.TARGETS))
@@ -30,7 +32,7 @@ def test_corpus(name):
         ("magnitudes", "entropy_coding.decode_magnitudes", lambda *_: 0),
         ("magnitudes", "entropy_coding.encode_magnitudes", lambda *_: b"x"),
         ("distances", "codecs.decode_distances", lambda *_: targets.np.zeros((2, 1), "u1")),
-        ("distances", "ulp_coding.encode_distances", lambda *_: (bytes(22), b"")),
+        ("distances", "ulp_coding.encode_distances", lambda *_: (ALL_THREE, b"")),
         ("quantised", "grid_codec.add_changes", lambda *_: None),
         ("quantised", "sign_codec.add_changes", lambda *_: None),
         ("quantised", "sign_codec.level_changes", lambda levels, _: levels.astype("f4")),
