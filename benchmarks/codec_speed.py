@@ -3,6 +3,7 @@
 Decode is timed as a loader meets it: the file in memory, zstd undone, the base's words in hand;
 it ends with the fine-tune's words in another buffer. The copy moves the same words in the same
 run, alternating with what it is compared to. A row is only printed where every word came back.
+Levels are those of ``pack --level``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import numpy.typing as npt
 
 import rows
 from nps_compress import codecs
+from nps_compress.codecs import ValueCodec
 from nps_compress.dtypes import BY_NAME, round_float32, to_float32
+from nps_compress.encoding import effort_of
 
 BF16 = BY_NAME["BF16"]
 CHUNK_LOG2 = 19
@@ -52,11 +55,13 @@ def interleaved(functions: dict[str, Callable[[], object]], repeats: int) -> dic
     return seconds
 
 
-def measure(numel: int, density: float, repeats: int) -> dict[str, object]:
+def measure(numel: int, density: float, level: str, repeats: int) -> dict[str, object]:
     base, tuned = synthetic_pair(numel, density)
     size = 1 << CHUNK_LOG2
     parts = [slice(start, min(start + size, numel)) for start in range(0, numel, size)]
-    codec = codecs.best_value_codec(base[parts[0]], tuned[parts[0]], BF16)
+    choices = effort_of(level).codecs
+    codec = codecs.best_value_codec(base[parts[0]], tuned[parts[0]], BF16, choices)
+    coded = codec is ValueCodec.CODED_ULP
 
     def encode() -> list[codecs.EncodedChunk]:
         return [codecs.encode_chunk(base[p], tuned[p], BF16, codec) for p in parts]
@@ -69,7 +74,9 @@ def measure(numel: int, density: float, repeats: int) -> dict[str, object]:
             mask = chunk.mask
             if chunk.mask_compressed:
                 mask = codecs.decompress(mask, chunk.mask_raw_bytes)
-            planes = codecs.decode_planes(chunk.planes, chunk.planes_compressed, chunk.nnz)
+            planes = np.empty((0, 0), np.uint8)
+            if not coded:
+                planes = codecs.decode_planes(chunk.planes, chunk.planes_compressed, chunk.nnz)
             found.append((mask, planes))
         return found
 
@@ -83,7 +90,11 @@ def measure(numel: int, density: float, repeats: int) -> dict[str, object]:
         for part, chunk, (mask, planes) in zip(parts, chunks, raw, strict=True):
             target = out[part]
             positions = codecs.decode_mask(chunk.mask_codec, mask, target.size, chunk.nnz)
-            codecs.apply_payload(codec, planes, positions, base[part], target, BF16)
+            before, applied = base[part], codec
+            if coded:
+                kept = before if positions is None else before[positions]
+                applied, planes = ValueCodec.ULP, codecs.decode_distances(chunk.planes, kept, BF16)
+            codecs.apply_payload(applied, planes, positions, before, target, BF16)
 
     # numpy's way to the same words: a bitmask of the tensor and base ^ new at its set bits, over
     # the whole tensor as a loader would write it, and in chunks that a core's cache holds.
@@ -130,6 +141,7 @@ def measure(numel: int, density: float, repeats: int) -> dict[str, object]:
     return {
         "params": numel,
         "density": density,
+        "level": level,
         "codecs": "+".join([*masks, codec.name.lower()]),
         "bits_per_param": round(8 * sum(len(chunk.data) for chunk in chunks) / numel, 4),
         "copy_gb_s": round(nbytes / median["copy"] / 1e9, 2),
@@ -156,9 +168,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=21)
     arguments = parser.parse_args()
     found = [
-        measure(params, density, arguments.repeats)
+        measure(params, density, level, arguments.repeats)
         for params in arguments.params
         for density in (0.002, 0.01, 0.05, 0.1, 0.2, 0.5)
+        for level in ("fast", "default")
     ]
     print(rows.table(found))
     print(f"\nsaved in {rows.save('codec_speed_cpu', found)}")
