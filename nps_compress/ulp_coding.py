@@ -261,19 +261,20 @@ def _read_table(data, tokens, context_of, shares):  # type: ignore[no-untyped-de
 
 @jit
 def _decode(words, low, exponents, context_of, shares, out):  # type: ignore[no-untyped-def]
-    slots = 1 << _SHARE_BITS
+    # Of each slot of a context: its token, the token's share, and how far into that it lies.
     contexts = np.int64(context_of[_EXPONENTS - 1]) + 1
-    tokens = np.empty((contexts, slots), np.uint8)
-    starts = np.zeros((contexts, _TOKENS), np.uint32)
-    parts = np.zeros((contexts, _TOKENS), np.uint32)
+    slots = np.empty((contexts, 1 << _SHARE_BITS), np.uint32)
     for context in range(contexts):
-        slot_at = 0
+        at = 0
         for token in range(_TOKENS):
-            starts[context, token] = slot_at
-            parts[context, token] = shares[context, token]
-            for _ in range(shares[context, token]):
-                tokens[context, slot_at] = token
-                slot_at += 1
+            share = np.uint32(shares[context, token])
+            for offset in range(share):
+                slots[context, at] = (
+                    np.uint32(token)
+                    | (share << np.uint32(6))
+                    | (np.uint32(offset) << np.uint32(19))
+                )
+                at += 1
     states = np.empty(_STATES, np.uint32)
     for number in range(_STATES):
         states[number] = np.uint32(words[2 * number]) | (
@@ -286,35 +287,34 @@ def _decode(words, low, exponents, context_of, shares, out):  # type: ignore[no-
     have = np.uint64(0)
     next_low = 0
     for i in range(exponents.size):
-        context = context_of[exponents[i]]
         state = states[i & (_STATES - 1)]
-        slot = state & np.uint32(slots - 1)
-        token = tokens[context, slot]
-        state = parts[context, token] * (state >> np.uint32(_SHARE_BITS)) + (
-            slot - starts[context, token]
-        )
-        if state >> np.uint32(16) == 0:
-            if next_word == words.size:
-                return _ENDS_EARLY
-            state = (state << np.uint32(16)) | np.uint32(words[next_word])
-            next_word += 1
+        slot = slots[context_of[exponents[i]], state & np.uint32((1 << _SHARE_BITS) - 1)]
+        share = (slot >> np.uint32(6)) & np.uint32(0x1FFF)
+        state = share * (state >> np.uint32(_SHARE_BITS)) + (slot >> np.uint32(19))
+        # Without a branch, which would often be guessed wrong. Past the last word any one does:
+        # that there were too few is seen before anything comes of it.
+        short = state >> np.uint32(16) == 0
+        word = np.uint32(words[min(next_word, words.size - 1)])
+        state = (state << np.uint32(16)) | word if short else state
+        next_word += int(short)
         states[i & (_STATES - 1)] = state
-        if token == 0:
-            out[i] = 1
-            continue
-        rest = np.uint64(token // 2 - 1)
-        while have < rest:
-            if next_low == low.size:
-                return _BAD_BITS
-            held |= np.uint64(low[next_low]) << have
-            next_low += 1
-            have += np.uint64(8)
-        value = np.uint64(2 + (token & 1)) << rest
+        coded = np.uint64(slot & np.uint32(63))
+        rest = max(coded >> np.uint64(1), np.uint64(1)) - np.uint64(1)
+        if have < rest:
+            while have <= 48 and next_low < low.size:
+                held |= np.uint64(low[next_low]) << have
+                next_low += 1
+                have += np.uint64(8)
+            if have < rest:
+                return _ENDS_EARLY if next_word > words.size else _BAD_BITS
+        value = np.uint64(2 + (coded & np.uint64(1))) << rest
         value |= held & ((np.uint64(1) << rest) - np.uint64(1))
+        out[i] = np.uint32(value) if coded else np.uint32(1)
         held >>= rest
         have -= rest
-        out[i] = np.uint32(value)
-    if next_low != low.size or held:
+    if next_word > words.size:
+        return _ENDS_EARLY
+    if next_low != low.size or have >= 8 or held:
         return _BAD_BITS
     if next_word != words.size:
         return _ENDS_LATE
