@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -319,6 +320,7 @@ class Pruner:
         return out
 
 
+@lru_cache  # asked once a tensor, for every candidate of a search
 def _bits(kind: Kind, density: float) -> float:
     """About what a weight takes."""
     if kind == "signs":

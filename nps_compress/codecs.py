@@ -625,7 +625,7 @@ def best_value_codec(
 ) -> ValueCodec:
     """The value codec that stores this chunk in the fewest bytes. base, new: [numel] words.
 
-    choices: more than its dtype allows of are not taken; REPLACE always is.
+    choices: REPLACE among them; those that the dtype rules out are passed over.
     """
     changed = np.flatnonzero(base != new)[:_SAMPLE]
     if not len(changed):

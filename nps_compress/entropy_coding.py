@@ -27,9 +27,7 @@ OK, ENDS_EARLY, ENDS_LATE, MISCOUNTED = range(4)
 # How far a decision moves a chance that n others have moved, in units of 2^-16: 1 / (n + 1.5).
 _RATES = np.array([(1 << 17) // (2 * n + 3) for n in range(512)], np.int64)
 _EVEN = np.int64(1 << 31)
-_LEARNED = 2 * (
-    _LENGTHS + 1
-)  # chances of a context: by length, of being longer and of the next bit
+_LEARNED = 2 * (_LENGTHS + 1)  # a context's chances: by length, of more, and of the next bit
 
 
 def stream_bytes_range(numel: Any) -> tuple[int, Any]:
