@@ -393,7 +393,7 @@ def decode_distances(dtype: str, stream: bytes, low: bytes, b: list[int], what: 
     states = list(struct.unpack_from("<4I", stream, at))
     check(min(states) >= 1 << 16, "P-CODE", what)
     words = iter(np.frombuffer(stream, "<u2", offset=at + 16).tolist())
-    found, bit = [], 0
+    tokens = []
     for t, word in enumerate(b):
         starts = contexts[bisect_right(firsts, word >> shift & field) - 1]
         q, r = divmod(states[t % 4], 4096)
@@ -404,6 +404,10 @@ def decode_distances(dtype: str, stream: bytes, low: bytes, b: list[int], what: 
             check(more is not None, "P-CODE", what)
             x = x << 16 | more
         states[t % 4] = x
+        tokens.append(token)
+    check(next(words, None) is None and states == [1 << 16] * 4, "P-CODE", what)
+    found, bit = [], 0
+    for token in tokens:
         count = max(token // 2 - 1, 0)
         check(bit + count <= 8 * len(low), "P-TAIL", what)
         z = 1 if token == 0 else 2 + token % 2
@@ -413,7 +417,6 @@ def decode_distances(dtype: str, stream: bytes, low: bytes, b: list[int], what: 
         bit += count
     left = int.from_bytes(low[bit // 8 :], "little") >> bit % 8
     check((bit + 7) // 8 == len(low) and left == 0, "P-TAIL", what)
-    check(next(words, None) is None and states == [1 << 16] * 4, "P-CODE", what)
     return found
 
 

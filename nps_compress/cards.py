@@ -55,7 +55,7 @@ def model_card(task: str | Path) -> str:
         f"# {_code(finetuned or 'unnamed fine-tune')}",
         "",
         f"A fine-tune of {_code(base)}, stored as what changed: base and this file give the "
-        "weights back, each tensor checked against its SHA-256.",
+        "weights back, each tensor checked against its digest.",
         "",
         "```",
         _unpack_command(base, Path(task).name, finetuned),
@@ -77,10 +77,10 @@ def model_card(task: str | Path) -> str:
         "## Digests",
         "",
         *_table(
-            ("SHA-256 of", ""),
+            ("digests", ""),
             [
-                ("the fine-tune (content)", f"`{found['content_sha256']}`"),
-                ("the file", f"`{found['file_sha256']}`"),
+                ("the fine-tune (content, BLAKE3)", f"`{found['content_digest']}`"),
+                ("the file (SHA-256)", f"`{found['file_sha256']}`"),
                 (
                     f"the base (root over {found['base_tensors']} tensors)",
                     f"`{found['base_root']}`",

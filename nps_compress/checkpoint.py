@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections import Counter
@@ -11,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from blake3 import blake3
 from safetensors import SafetensorError, safe_open
 
-from nps_compress.dtypes import BY_NAME, DType, Words, digest
+from nps_compress.dtypes import BY_NAME, DType, Words, digest, octets
 from nps_compress.errors import CheckpointError, PickleRefusedError
 from nps_compress.format.layout import MAX_RANK, RESERVED_NAME
 
@@ -59,13 +59,22 @@ class StoredTensor:
 
     def read(self) -> Words:
         """The tensor as a new writable array. -> [numel] words. Raises CheckpointError."""
+        words = np.empty(self.numel, self.dtype.word)
+        self.read_into(words)
+        return words
+
+    def read_into(self, words: Words, start: int = 0) -> None:
+        """Fill ``words``, [n], with those from ``start`` on. Raises CheckpointError."""
         try:
-            words = np.fromfile(self.file, self.dtype.word, self.numel, offset=self.offset)
+            with self.file.open("rb", buffering=0) as stream:
+                stream.seek(self.offset + start * self.dtype.itemsize)
+                left = octets(words)
+                while left and (size := stream.readinto(left)):
+                    left = left[size:]
         except OSError as error:
             raise CheckpointError(self.file, error.strerror or str(error)) from error
-        if words.size != self.numel:
+        if left:
             raise CheckpointError(self.file, f"ends inside tensor {self.name!r}")
-        return words
 
 
 @dataclass(frozen=True)
@@ -186,13 +195,13 @@ def encode_header(
 
 
 def content_digest(checkpoint: Checkpoint) -> str:
-    """SHA-256 over all tensors and side files, by name; reads the whole checkpoint."""
-    found = hashlib.sha256()
+    """BLAKE3 over all tensors and side files, by name; reads the whole checkpoint."""
+    found = blake3()
     for name, tensor in checkpoint.tensors.items():
         found.update(f"{name}\0{tensor.dtype.name}\0{tensor.shape}\0".encode())
         found.update(digest(checkpoint.read(name)))
     for name in sorted(checkpoint.side_files):
-        found.update(name.encode() + hashlib.sha256(checkpoint.read_side_file(name)).digest())
+        found.update(name.encode() + blake3(checkpoint.read_side_file(name)).digest())
     return found.hexdigest()
 
 

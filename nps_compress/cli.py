@@ -480,7 +480,7 @@ def inspect(task: Path, as_json: bool) -> None:
     click.echo(
         f"base {found['base_name']}: {found['base_tensors']} tensors, root {found['base_root']}"
     )
-    click.echo(f"content sha256 {found['content_sha256']}\nfile sha256 {found['file_sha256']}")
+    click.echo(f"content digest {found['content_digest']}\nfile sha256 {found['file_sha256']}")
 
 
 @main.command()

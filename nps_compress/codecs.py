@@ -607,19 +607,6 @@ def _encode_values(
     return 0, ulp_coding.encode_distances(distances, ulp_coding.exponents_of(base, dtype))
 
 
-def decode_distances(streams: Sequence[bytes], base: Words, dtype: DType) -> Bytes:
-    """Planes of ULP from the streams of CODED_ULP. base: [nnz] kept words -> [itemsize, nnz].
-
-    Raises:
-        FormatError: P-TABLE, P-CODE, P-TAIL.
-    """
-    tokens, low = streams
-    exponents = ulp_coding.exponents_of(base, dtype)
-    distances = ulp_coding.decode_distances(tokens, low, exponents, dtype.itemsize)
-    payload = (distances - np.uint32(1)).astype(dtype.word)
-    return np.ascontiguousarray(payload.view(np.uint8).reshape(-1, dtype.itemsize).T)
-
-
 def best_value_codec(
     base: Words, new: Words, dtype: DType, choices: Collection[ValueCodec] = EXACT_CODECS
 ) -> ValueCodec:

@@ -7,11 +7,11 @@ included) and need no numpy type for bfloat16.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from blake3 import blake3
 
 Words = npt.NDArray[np.unsignedinteger]
 
@@ -82,6 +82,11 @@ def round_float32(values: npt.NDArray[np.float32], dtype: DType) -> Words:
     raise ValueError(f"no rounding to {dtype.name}")
 
 
+def octets(words: Words) -> memoryview:
+    """A tensor's bytes, little-endian. words: [numel], contiguous."""
+    return words.view(np.uint8).data
+
+
 def digest(words: Words) -> bytes:
-    """SHA-256 of a tensor's bytes, little-endian. words: [numel], contiguous."""
-    return hashlib.sha256(words.data).digest()
+    """BLAKE3 of a tensor's bytes, little-endian. words: [numel], contiguous -> 32 bytes."""
+    return blake3(octets(words)).digest()

@@ -133,9 +133,8 @@ def encode_tensor(
             encode_chunk(before[part], after[part], base_dtype, codec, effort.zstd)
             for part in parts
         ]
-    sha256 = digest(after)
     entry = TensorEntry(
-        name, base_dtype, stored.shape, op, codec, chunk_log2, base_index[base_name], sha256
+        name, base_dtype, stored.shape, op, codec, chunk_log2, base_index[base_name], digest(after)
     )
     return Encoded(entry, chunks, identity, moved)
 
@@ -194,9 +193,8 @@ def _encode_new(
         encode_chunk(None, words[start : start + size], dtype, ValueCodec.REPLACE, effort.zstd)
         for start in range(0, words.size, size)
     ]
-    sha256 = digest(words)
     entry = TensorEntry(
-        name, dtype, shape, Op.NEW, ValueCodec.REPLACE, _NEW_CHUNK_LOG2, None, sha256
+        name, dtype, shape, Op.NEW, ValueCodec.REPLACE, _NEW_CHUNK_LOG2, None, digest(words)
     )
     return Encoded(entry, chunks, None)
 

@@ -20,7 +20,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
     ``density`` is kept elements over all of the fine-tune's, ``bits_per_param`` file bytes x 8 over
     the same. ``quality`` and ``relative_error`` are what the file says of itself, which nothing
     here can check; None where it says nothing that can be read.
-    ``content_sha256`` identifies the fine-tune however it is encoded, ``file_sha256`` this file:
+    ``content_digest`` identifies the fine-tune however it is encoded, ``file_sha256`` this file:
     what a detached signature covers (SPEC.md, security).
 
     Raises:
@@ -66,7 +66,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
             "bits_per_param": 8 * reader.file_bytes / total if total else 0.0,
             "base_name": task.base_name,
             "base_root": reader.base_root.hex(),
-            "content_sha256": reader.content_digest.hex(),
+            "content_digest": reader.content_digest.hex(),
             "file_sha256": reader.file_digest().hex(),
             "base_tensors": len(reader.base),
             "tensors": tensors,

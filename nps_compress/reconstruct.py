@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -12,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from nps_compress._threads import workers
-from nps_compress.codecs import ValueCodec, apply_payload, decode_distances
-from nps_compress.dtypes import Words, digest
+from nps_compress.codecs import ValueCodec, apply_payload
+from nps_compress.dtypes import Words
 from nps_compress.errors import (
     BaseMismatchError,
     FormatError,
@@ -21,10 +22,11 @@ from nps_compress.errors import (
     OutOfMemoryError,
 )
 from nps_compress.format.layout import Op
-from nps_compress.format.reader import Chunk, NpsReader
-from nps_compress.format.records import TensorEntry, printable
+from nps_compress.format.reader import Chunk, NpsReader, Parameters
+from nps_compress.format.records import TensorEntry, has_digest, printable
 from nps_compress.grid_codec import GridParameters
 from nps_compress.sign_codec import SignParameters, add_changes, level_changes
+from nps_compress.ulp_coding import apply_distances
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from nps_compress.kernels.form import SparseForm
 
 BASE_NAME_KEY, FINETUNED_NAME_KEY = "base_name", "finetuned_name"
+_PIECE = 1 << 20  # elements that are rebuilt, digested and written while they are in the cache
 
 
 class Task:
@@ -108,28 +111,10 @@ class Task:
         parameters = self.reader.parameters(entry)
 
         def run(number: int) -> None:
-            chunk = self.reader.read_chunk(entry, number)
-            span = slice(number * size, number * size + chunk.numel)
+            span = slice(number * size, min((number + 1) * size, entry.numel))
             before = base[span]
             after = before if in_place else out[span]
-            codec, dtype = entry.value_codec, entry.dtype
-            if isinstance(parameters, SignParameters):
-                assert chunk.positions is not None
-                minus = chunk.planes[0]
-                parameters.apply(span.start, chunk.positions, minus, before, after, dtype)
-            elif isinstance(parameters, GridParameters):
-                assert chunk.positions is not None
-                levels = chunk.planes[0].view(np.int16)
-                parameters.apply(span.start, chunk.positions, levels, before, after, dtype)
-            elif parameters is not None:
-                changes = level_changes(chunk.planes[0].view(np.int8), parameters)
-                every = np.arange(chunk.numel, dtype=np.uint32)
-                add_changes(every, changes, before, after, dtype)
-            else:
-                planes = chunk.planes
-                if codec is ValueCodec.CODED_ULP:
-                    codec, planes = ValueCodec.ULP, self._distances(entry, number, chunk, before)
-                apply_payload(codec, planes, chunk.positions, before, after, dtype)
+            self._rebuild_chunk(entry, number, parameters, before, after)
 
         everything = range(entry.chunks)
         numbers = self.reader.chunks_to_read(entry) if in_place else everything
@@ -141,22 +126,78 @@ class Task:
                 list(pool.map(run, numbers))
         return out
 
-    def _distances(
-        self, entry: TensorEntry, number: int, chunk: Chunk, base: Words
-    ) -> npt.NDArray[np.uint8]:
-        """The planes of ULP of a chunk whose distances are coded. base: [numel] of the chunk."""
-        kept = base if chunk.positions is None else base[chunk.positions]
-        if not kept.size:
-            return np.empty((entry.dtype.itemsize, 0), np.uint8)
+    def pieces(self, name: str, read: Callable[[Words, int], None] | None) -> Iterator[Words]:
+        """Rebuild one tensor piece by piece, without checking its digest: the words in order.
+
+        A piece, [n], holds until the next one is asked for. read: fills a piece with the base's
+        words from an element on; None for a new tensor.
+
+        Raises:
+            FormatError: a chunk is damaged. What ``read`` raises.
+        """
+        entry = self.entry(name)
+        size = 1 << entry.chunk_log2 if entry.chunks else _PIECE
+        chunks_a_piece = max(1, _PIECE // size)
+        piece = chunks_a_piece * size
+        parameters = self.reader.parameters(entry)
+        numbers = deque(self.reader.chunks_to_read(entry) if entry.chunks else ())
+        held = np.empty(min(piece, entry.numel), entry.dtype.word)
+        for start in range(0, entry.numel, piece):
+            words = held[: min(piece, entry.numel - start)]
+            if read:
+                read(words, start)
+            while numbers and numbers[0] * size < start + piece:
+                number = numbers.popleft()
+                at = number * size - start
+                part = words[at : at + size]
+                self._rebuild_chunk(entry, number, parameters, part, part)
+            yield words
+
+    def _rebuild_chunk(
+        self,
+        entry: TensorEntry,
+        number: int,
+        parameters: Parameters | None,
+        before: Words,
+        after: Words,
+    ) -> None:
+        """Fill a chunk's words from the base's. before, after: [numel of the chunk], maybe one."""
+        chunk = self.reader.read_chunk(entry, number)
+        start, dtype = number << entry.chunk_log2, entry.dtype
+        if isinstance(parameters, SignParameters):
+            assert chunk.positions is not None
+            minus = chunk.planes[0]
+            parameters.apply(start, chunk.positions, minus, before, after, dtype)
+        elif isinstance(parameters, GridParameters):
+            assert chunk.positions is not None
+            levels = chunk.planes[0].view(np.int16)
+            parameters.apply(start, chunk.positions, levels, before, after, dtype)
+        elif parameters is not None:
+            changes = level_changes(chunk.planes[0].view(np.int8), parameters)
+            every = np.arange(chunk.numel, dtype=np.uint32)
+            add_changes(every, changes, before, after, dtype)
+        elif chunk.streams:
+            self._apply_distances(entry, number, chunk, before, after)
+        else:
+            codec = entry.value_codec
+            apply_payload(codec, chunk.planes, chunk.positions, before, after, dtype)
+
+    def _apply_distances(
+        self, entry: TensorEntry, number: int, chunk: Chunk, before: Words, after: Words
+    ) -> None:
+        """Those of a chunk whose distances are coded."""
+        if after is not before:
+            np.copyto(after, before)
+        tokens, low = chunk.streams
         try:
-            return decode_distances(chunk.streams, kept, entry.dtype)
+            apply_distances(tokens, low, chunk.positions, after, entry.dtype)
         except FormatError as error:
             detail = f"chunk {number} of {entry.name!r}: {error.detail}"
             raise FormatError(error.rule, detail, self.reader.path) from None
 
     def matches(self, name: str, words: Words) -> bool:
         """Whether a rebuilt tensor has the digest that the file promises."""
-        return digest(words) == self.entry(name).sha256
+        return has_digest(words, self.entry(name).digest)
 
     def damaged(self, name: str) -> FormatError:
         """The error for a tensor that came out wrong from the right base."""
@@ -216,7 +257,7 @@ class Task:
         """Raise BaseMismatchError where these are not the base tensor's values. words: [numel]."""
         index = self.entry(name).base_index
         assert index is not None
-        if digest(words) != self.reader.base[index].sha256:
+        if not has_digest(words, self.reader.base[index].digest):
             raise self._wrong_base(name, "has other values")
 
     def _wrong_base(self, name: str, difference: str) -> BaseMismatchError:

@@ -12,7 +12,6 @@ in the file's metadata under the key ``nps``, which other readers ignore.
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -36,8 +35,8 @@ from nps_compress.checkpoint import (
 )
 from nps_compress.dtypes import BY_NAME, DType, Words
 from nps_compress.errors import CheckpointError, InvalidArgumentError
-from nps_compress.format.layout import Op
-from nps_compress.format.records import TensorEntry
+from nps_compress.format.layout import DIGEST_BYTES, SHORT_DIGEST_BYTES, Op
+from nps_compress.format.records import TensorEntry, has_digest
 from nps_compress.packing import PackReport, write
 from nps_compress.reconstruct import FINETUNED_NAME_KEY, Task
 from nps_compress.unpacking import check_layout, open_task, rebuilt
@@ -45,6 +44,7 @@ from nps_compress.unpacking import check_layout, open_task, rebuilt
 _INDICES, _VALUES = ".indices", ".values"
 _INT32, _INT64 = BY_NAME["I32"], BY_NAME["I64"]
 _KEY = "nps"
+_DIGESTS = (DIGEST_BYTES, SHORT_DIGEST_BYTES)
 _MAX_HEADER_BYTES = 100_000_000  # what safetensors' own reader takes
 
 
@@ -171,7 +171,7 @@ class _Beyond:
 
     renamed: tensors that come from a base tensor of another name, with that name. deleted: base
     tensors that the fine-tune does not have under their own name. base_files: side files that are
-    the base's, with their SHA-256.
+    the base's, with their digest (BLAKE3, or its start).
     """
 
     base_root: str | None = None
@@ -191,7 +191,7 @@ class _Beyond:
             {name: other for name, other in base_of.items() if other not in (None, name)},
             [t.name for t in reader.base if base_of.get(t.name, "") not in (None, t.name)],
             {file.name: reader.read_file(file) for file in reader.files if file.op is Op.NEW},
-            {file.name: file.sha256.hex() for file in reader.files if file.op is Op.COPY},
+            {file.name: file.digest.hex() for file in reader.files if file.op is Op.COPY},
             reader.metadata,
         )
 
@@ -216,6 +216,8 @@ class _Beyond:
             }
             deleted = list(_texts((name, "") for name in read["deleted"]))
             base_files = texts["base_files"]
+            if not all(len(bytes.fromhex(text)) in _DIGESTS for text in base_files.values()):
+                raise ValueError("digests of another size")
             return cls(root, texts["renamed"], deleted, files, base_files, texts["metadata"])
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             reason = f"metadata {_KEY!r} is not what export writes ({error!r})"
@@ -309,7 +311,7 @@ def _base_files(base: Checkpoint, wanted: Mapping[str, str]) -> dict[str, bytes]
     found = {}
     for name in sorted(set(wanted) & set(SIDE_FILES)):
         found[name] = base.read_side_file(name) if name in base.side_files else b""
-        if hashlib.sha256(found[name]).hexdigest() != wanted[name]:
+        if not has_digest(found[name], bytes.fromhex(wanted[name])):
             raise CheckpointError(base.path, f"file {name!r} is not the one that was exported")
     return found
 

@@ -28,7 +28,11 @@ _SMALLEST_CONTEXT = 3 + 2  # bytes of one that has one token
 _LEAST_OF_A_CONTEXT = 256
 LEAST_TOKEN_BYTES = 1 + _SMALLEST_CONTEXT + 4 * _STATES  # and no words
 
+_BLOCK = 1024  # distances whose tokens are held at once: in the nearest cache; a multiple of 4
+_REFILL = 8  # bytes of low bits looked at at once
+
 Distances = npt.NDArray[np.uint32]
+Positions = npt.NDArray[np.uint32]
 Exponents = npt.NDArray[np.uint8]
 Bytes = npt.NDArray[np.uint8]
 
@@ -80,26 +84,32 @@ def encode_distances(distances: Distances, exponents: Exponents) -> tuple[bytes,
     return _table(context_of, shares) + words[first:].astype("<u2").tobytes(), low[:used].tobytes()
 
 
-def decode_distances(
-    stream: bytes, low: bytes, exponents: Exponents, itemsize: int = 4
-) -> Distances:
-    """Undo :func:`encode_distances`: none takes more bits than an element of ``itemsize`` bytes.
+def apply_distances(
+    stream: bytes, low: bytes, positions: Positions | None, words: Words, dtype: DType
+) -> None:
+    """Undo :func:`encode_distances`, and move each kept word by its distance.
+
+    positions: [nnz], ascending, or None for all; words: [n], the base's, changed in place, and
+    worth nothing where this fails.
 
     Raises:
         FormatError: P-TABLE, P-CODE, P-TAIL.
     """
+    if positions is None:
+        positions = np.arange(words.size, dtype=np.uint32)
+    if not positions.size:
+        return
     data = np.frombuffer(stream, np.uint8)
     context_of, shares = np.zeros(_EXPONENTS, np.uint8), np.zeros((MAX_CONTEXTS, _TOKENS), np.int64)
-    at = _read_table(data, 16 * itemsize, context_of, shares)
+    at = _read_table(data, 16 * dtype.itemsize, context_of, shares)
     if at < 0 or (data.size - at) % 2 or data.size - at < 4 * _STATES:
         raise FormatError(*_FAULTS[_BAD_TABLE])
-    words = np.frombuffer(stream[at:], "<u2")  # aligned, so that one compiled loop does
-    out = np.empty(exponents.size, np.uint32)
-    bits = np.frombuffer(low, np.uint8)
-    status: int = _decode(words, bits, exponents, context_of, shares, out)
+    coded = np.frombuffer(stream[at:], "<u2")  # aligned, so that one compiled loop does
+    bits = np.frombuffer(low + bytes(_REFILL), np.uint8)
+    mantissa = MANTISSA_BITS[dtype.name]
+    status: int = _apply(coded, bits, context_of, shares, positions, words, mantissa)
     if status != _OK:
         raise FormatError(*_FAULTS[status])
-    return out
 
 
 @jit
@@ -260,21 +270,44 @@ def _read_table(data, tokens, context_of, shares):  # type: ignore[no-untyped-de
 
 
 @jit
-def _decode(words, low, exponents, context_of, shares, out):  # type: ignore[no-untyped-def]
-    # Of each slot of a context: its token, the token's share, and how far into that it lies.
+def _slots(context_of, shares):  # type: ignore[no-untyped-def]
+    """Of each remainder in a context: token, the token's share, and how far into that it lies."""
     contexts = np.int64(context_of[_EXPONENTS - 1]) + 1
-    slots = np.empty((contexts, 1 << _SHARE_BITS), np.uint32)
+    slots = np.empty(contexts << _SHARE_BITS, np.uint32)
+    at = 0
     for context in range(contexts):
-        at = 0
         for token in range(_TOKENS):
             share = np.uint32(shares[context, token])
             for offset in range(share):
-                slots[context, at] = (
+                slots[at] = (
                     np.uint32(token)
                     | (share << np.uint32(6))
                     | (np.uint32(offset) << np.uint32(19))
                 )
                 at += 1
+    return slots
+
+
+@jit
+def _next(slot, state, words, at):  # type: ignore[no-untyped-def]
+    """A state past one token, and how many words were taken.
+
+    Without a branch, which would often be guessed wrong. Past the last word any one does: that
+    there were too few is seen before anything comes of it.
+    """
+    share = (slot >> np.uint32(6)) & np.uint32(0x1FFF)
+    state = share * (state >> np.uint32(_SHARE_BITS)) + (slot >> np.uint32(19))
+    short = state >> np.uint32(16) == 0
+    word = np.uint32(words[min(at, np.uint64(words.size - 1))])
+    return (state << np.uint32(16)) | word if short else state, at + np.uint64(short)
+
+
+@jit
+def _apply(words, low, context_of, shares, positions, out, mantissa):  # type: ignore[no-untyped-def]
+    slots = _slots(context_of, shares)
+    first_slot = np.empty(_EXPONENTS, np.uint32)
+    for exponent in range(_EXPONENTS):
+        first_slot[exponent] = np.uint32(context_of[exponent]) << np.uint32(_SHARE_BITS)
     states = np.empty(_STATES, np.uint32)
     for number in range(_STATES):
         states[number] = np.uint32(words[2 * number]) | (
@@ -282,43 +315,69 @@ def _decode(words, low, exponents, context_of, shares, out):  # type: ignore[no-
         )
         if states[number] >> np.uint32(16) == 0:
             return _ENDS_LATE
-    next_word = 2 * _STATES
-    held = np.uint64(0)
-    have = np.uint64(0)
-    next_low = 0
-    for i in range(exponents.size):
-        state = states[i & (_STATES - 1)]
-        slot = slots[context_of[exponents[i]], state & np.uint32((1 << _SHARE_BITS) - 1)]
-        share = (slot >> np.uint32(6)) & np.uint32(0x1FFF)
-        state = share * (state >> np.uint32(_SHARE_BITS)) + (slot >> np.uint32(19))
-        # Without a branch, which would often be guessed wrong. Past the last word any one does:
-        # that there were too few is seen before anything comes of it.
-        short = state >> np.uint32(16) == 0
-        word = np.uint32(words[min(next_word, words.size - 1)])
-        state = (state << np.uint32(16)) | word if short else state
-        next_word += int(short)
-        states[i & (_STATES - 1)] = state
-        coded = np.uint64(slot & np.uint32(63))
-        rest = max(coded >> np.uint64(1), np.uint64(1)) - np.uint64(1)
-        if have < rest:
-            while have <= 48 and next_low < low.size:
-                held |= np.uint64(low[next_low]) << have
-                next_low += 1
-                have += np.uint64(8)
-            if have < rest:
-                return _ENDS_EARLY if next_word > words.size else _BAD_BITS
-        value = np.uint64(2 + (coded & np.uint64(1))) << rest
-        value |= held & ((np.uint64(1) << rest) - np.uint64(1))
-        out[i] = np.uint32(value) if coded else np.uint32(1)
-        held >>= rest
-        have -= rest
-    if next_word > words.size:
+    remainder = np.uint32((1 << _SHARE_BITS) - 1)
+    top = np.uint32(8 * out.itemsize - 1)
+    exponents = np.uint32((np.uint32(1) << (top - np.uint32(mantissa))) - np.uint32(1))
+    others = np.int64((np.int64(1) << np.int64(top)) - np.int64(1))
+    unused = np.int64(63) - np.int64(top)
+    next_word = np.uint64(2 * _STATES)
+    held, have, next_low = np.uint64(0), np.uint64(0), np.uint64(0)
+    last_low = np.uint64(low.size - _REFILL)
+    tokens, slot_of = np.empty(_BLOCK, np.uint8), np.empty(_BLOCK, np.uint32)
+    for start in range(0, positions.size, _BLOCK):
+        here = positions[start : start + _BLOCK]
+        for i in range(here.size):
+            word = np.uint32(out[here[i]])
+            slot_of[i] = first_slot[(word >> np.uint32(mantissa)) & exponents]
+        s0, s1, s2, s3 = states[0], states[1], states[2], states[3]
+        for i in range(0, here.size - 3, 4):
+            slot = slots[slot_of[i] | (s0 & remainder)]
+            tokens[i] = slot & np.uint32(63)
+            s0, next_word = _next(slot, s0, words, next_word)
+            slot = slots[slot_of[i + 1] | (s1 & remainder)]
+            tokens[i + 1] = slot & np.uint32(63)
+            s1, next_word = _next(slot, s1, words, next_word)
+            slot = slots[slot_of[i + 2] | (s2 & remainder)]
+            tokens[i + 2] = slot & np.uint32(63)
+            s2, next_word = _next(slot, s2, words, next_word)
+            slot = slots[slot_of[i + 3] | (s3 & remainder)]
+            tokens[i + 3] = slot & np.uint32(63)
+            s3, next_word = _next(slot, s3, words, next_word)
+        states[0], states[1], states[2], states[3] = s0, s1, s2, s3
+        for i in range(here.size // 4 * 4, here.size):
+            slot = slots[slot_of[i] | (states[i % 4] & remainder)]
+            tokens[i] = slot & np.uint32(63)
+            states[i % 4], next_word = _next(slot, states[i % 4], words, next_word)
+        for i in range(here.size):
+            # At least 56 bits are held then, more than a distance has.
+            at = min(next_low, last_low)
+            eight = np.uint64(0)
+            for k in range(_REFILL):
+                eight |= np.uint64(low[at + np.uint64(k)]) << np.uint64(8 * k)
+            held |= eight << have
+            next_low += (np.uint64(63) - have) >> np.uint64(3)
+            have |= np.uint64(56)
+            coded = np.uint64(tokens[i])
+            rest = max(coded >> np.uint64(1), np.uint64(1)) - np.uint64(1)
+            distance = np.uint64(2 + (coded & np.uint64(1))) << rest
+            distance |= held & ((np.uint64(1) << rest) - np.uint64(1))
+            distance = distance if coded else np.uint64(1)
+            held >>= rest
+            have -= rest
+            # Words as signed integers in the order of the floats: a negative one has its other
+            # bits turned.
+            steps = np.int64(distance >> np.uint64(1)) ^ -np.int64(distance & np.uint64(1))
+            moved = np.int64(out[here[i]]) << unused >> unused
+            moved ^= (moved >> np.int64(63)) & others
+            moved = (moved + steps) << unused >> unused
+            moved ^= (moved >> np.int64(63)) & others
+            out[here[i]] = moved
+    if next_word > np.uint64(words.size):
         return _ENDS_EARLY
-    if next_low != low.size or have >= 8 or held:
-        return _BAD_BITS
-    if next_word != words.size:
+    if next_word != np.uint64(words.size):
         return _ENDS_LATE
     for number in range(_STATES):
         if states[number] != np.uint32(1) << np.uint32(16):
             return _ENDS_LATE
-    return _OK
+    taken = np.uint64(8) * next_low - have  # bits
+    return _BAD_BITS if (taken + np.uint64(7)) >> np.uint64(3) != last_low or held else _OK

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
+import os
 import re
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
+
+from blake3 import blake3
 
 from nps_compress._progress import bar
-from nps_compress._threads import MEMORY_SLACK, bounded_map
+from nps_compress._threads import MEMORY_SLACK, bounded_map, workers
 from nps_compress.atomic import (
     atomic_directory,
     refuse_input_as_output,
@@ -25,14 +29,23 @@ from nps_compress.checkpoint import (
     encode_header,
     open_checkpoint,
 )
-from nps_compress.dtypes import Words, digest
+from nps_compress.dtypes import Words, digest, octets
 from nps_compress.errors import BaseMismatchError, FormatError, InvalidArgumentError
 from nps_compress.format.layout import Op
 from nps_compress.format.reader import NpsReader
-from nps_compress.format.records import BaseTensor, TensorEntry
+from nps_compress.format.records import (
+    BaseTensor,
+    TensorEntry,
+    base_root,
+    content_digest,
+    has_digest,
+)
 from nps_compress.reconstruct import Task
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
+_HEADER = {"format": "pt"}
+Place = tuple[Path, int]  # a file that is there, and an offset in it
+
 _CHUNK_BYTES = 64 << 20  # a chunk of two-byte words in work, with its positions
 _OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
@@ -59,7 +72,7 @@ class VerifyReport:
     base_tensors: int
     files: int
     base_root: str
-    content_sha256: str
+    content_digest: str
     with_base: bool
 
 
@@ -98,19 +111,27 @@ def unpack(
             atomic_directory(out, force, _is_ours) as folder,
             bar(len(task_.entries), "unpacking", "tensor", progress) as advance,
         ):
+            places = {}
             for file, entries in shards.items():
-                with (folder / file).open("wb") as stream:
-                    header = [(entry.name, entry.dtype, entry.shape) for entry in entries]
-                    stream.write(encode_header(header, {"format": "pt"}))
-                    for _, words in rebuilt(task_, base_, entries):
-                        stream.write(words.data)
-                        advance()
+                header = encode_header([(e.name, e.dtype, e.shape) for e in entries], _HEADER)
+                (folder / file).write_bytes(header)
+                end = len(header)
+                for entry in entries:
+                    places[entry.name] = (folder / file, end)
+                    end += _nbytes(entry)
+                os.truncate(folder / file, end)
+            digests = {}
+            for entry, found in rebuild_each(task_, base_, task_.reader.tensors, places):
+                digests[entry.name] = found
+                advance()
+            check_content(task_, digests, side_files)
             if len(shards) > 1:
                 index = json.dumps(_shard_index(shards), indent=2)
                 (folder / WEIGHTS_INDEX).write_text(index, encoding="utf-8")
-            for name, data in side_files.items():
+            written = {name: data for name, data in side_files.items() if name in SIDE_FILES}
+            for name, data in written.items():
                 (folder / name).write_bytes(data)
-    return UnpackReport(out, len(task_.entries), nbytes, tuple(side_files))
+    return UnpackReport(out, len(task_.entries), nbytes, tuple(written))
 
 
 def verify(
@@ -143,11 +164,15 @@ def verify(
         if difference:
             raise difference
         with bar(len(reader.tensors), "verifying", "tensor", progress) as advance:
-            for entry, _ in rebuilt(task_, base_, reader.tensors):
+            digests = {}
+            for entry, found in rebuild_each(task_, base_, reader.tensors):
+                digests[entry.name] = found
                 on_tensor(entry)
                 advance()
-        files = sum(1 for _ in _side_files(task_, base_))
-        return _report(reader, len(reader.base), files, with_base=True)
+        files = dict(_side_files(task_, base_))
+        check_content(task_, digests, files)
+        known = sum(1 for name in files if name in SIDE_FILES)
+        return _report(reader, len(reader.base), known, with_base=True)
 
 
 def _verify_alone(
@@ -185,22 +210,93 @@ def rebuilt(
     task: Task, base: Checkpoint, entries: Iterable[TensorEntry]
 ) -> Iterator[tuple[TensorEntry, Words]]:
     """Rebuilt tensors in order, each with the digest that was promised."""
-    entries = list(entries)
 
-    def run(entry: TensorEntry) -> tuple[TensorEntry, Words, bool]:
+    def run(entry: TensorEntry) -> tuple[Words, bool]:
         base_name = task.base_tensor_name(entry.name)
         before = base.read(base_name) if base_name else None
-        try:
+        with _right_base(task, base):
             words = task.rebuild_words(entry.name, before)
-        except FormatError as error:  # distances don't decode with another base
-            raise _first_difference(task, base) or error from None
-        return entry, words, task.matches(entry.name, words)
+        return words, task.matches(entry.name, words)
 
+    entries = list(entries)
     largest = max(map(_nbytes, entries), default=0)
-    for entry, words, matches in bounded_map(run, entries, _nbytes, 2 * largest + MEMORY_SLACK):
+    done = bounded_map(run, entries, _nbytes, 2 * largest + MEMORY_SLACK)
+    for entry, (words, matches) in zip(entries, done, strict=True):
         if not matches:
             raise _first_difference(task, base) or task.damaged(entry.name)
         yield entry, words
+
+
+def rebuild_each(
+    task: Task,
+    base: Checkpoint,
+    entries: Iterable[TensorEntry],
+    places: Mapping[str, Place] | None = None,
+) -> Iterator[tuple[TensorEntry, bytes]]:
+    """Rebuild tensors piece by piece, each with the digest that was promised.
+
+    -> they and their whole digests, the largest first. places: by name, where to write them.
+
+    Raises:
+        FormatError, BaseMismatchError, CheckpointError; OSError: a place can't be written.
+    """
+
+    def run(entry: TensorEntry) -> bytes:
+        base_name = task.base_tensor_name(entry.name)
+        before = base.tensors[base_name].read_into if base_name else None
+        found = blake3()
+        with _right_base(task, base), _opened(places, entry.name) as stream:
+            for words in task.pieces(entry.name, before):
+                found.update(octets(words))
+                if stream:
+                    stream.write(words.data)
+        return found.digest()
+
+    # The largest first, so that no core has one left when the others are done.
+    ordered = sorted(entries, key=_nbytes, reverse=True)
+    done = bounded_map(run, ordered, lambda entry: 1, 4 * workers())
+    for entry, found in zip(ordered, done, strict=True):
+        if not found.startswith(entry.digest):
+            raise _first_difference(task, base) or task.damaged(entry.name)
+        yield entry, found
+
+
+@contextlib.contextmanager
+def _right_base(task: Task, base: Checkpoint) -> Iterator[None]:
+    """Say that the base is another one where that is why a tensor does not decode."""
+    try:
+        yield
+    except FormatError as error:  # distances don't decode with another base
+        raise _first_difference(task, base) or error from None
+
+
+@contextlib.contextmanager
+def _opened(places: Mapping[str, Place] | None, name: str) -> Iterator[BinaryIO | None]:
+    if places is None:
+        yield None
+        return
+    path, offset = places[name]
+    with path.open("r+b") as stream:
+        stream.seek(offset)
+        yield stream
+
+
+def check_content(task: Task, digests: Mapping[str, bytes], files: Mapping[str, bytes]) -> None:
+    """The digest over everything: of each tensor's an index may hold only the start.
+
+    digests: whole, by name of the tensor; files: what could be read, by name.
+
+    Raises:
+        FormatError: D-CONTENT.
+    """
+    reader = task.reader
+    if len(files) < len(reader.files):  # one is the base's under a name that nobody reads
+        return
+    tensors = [replace(entry, digest=digests[entry.name]) for entry in reader.tensors]
+    side_files = [replace(file, digest=blake3(files[file.name]).digest()) for file in reader.files]
+    if content_digest(tensors, side_files) != reader.content_digest:
+        detail = "all together, the tensors and files don't have the digest that was promised"
+        raise FormatError("D-CONTENT", detail, reader.path)
 
 
 def check_layout(task: Task, base: Checkpoint, entries: Iterable[TensorEntry]) -> None:
@@ -226,8 +322,8 @@ def _first_difference(
 ) -> BaseMismatchError | None:
     """The first base tensor, by name, that is missing or has other values."""
 
-    def differs(record: BaseTensor) -> bool:
-        return digest(base.read(record.name)) != record.sha256
+    def digest_of(record: BaseTensor) -> bytes:
+        return digest(base.read(record.name))
 
     records = task.reader.base
     for record in records:
@@ -235,12 +331,16 @@ def _first_difference(
             return _mismatch(task, base, f"tensor {record.name!r}", "is missing")
     sizes = {record.name: base.tensors[record.name].nbytes for record in records}
     budget = 2 * max(sizes.values(), default=0) + MEMORY_SLACK
-    results = bounded_map(differs, records, lambda record: sizes[record.name], budget)
+    results = bounded_map(digest_of, records, lambda record: sizes[record.name], budget)
+    found = []
     with bar(len(records), "hashing base", "tensor", progress) as advance:
-        for record, different in zip(records, results, strict=True):
-            if different:
+        for record, whole in zip(records, results, strict=True):
+            if not whole.startswith(record.digest):
                 return _mismatch(task, base, f"tensor {record.name!r}", "has other values")
+            found.append(replace(record, digest=whole))
             advance()
+    if base_root(found) != task.reader.base_root:  # in whole digests of which starts are the same
+        return _mismatch(task, base, "one of the tensors", "has other values")
     return None
 
 
@@ -249,7 +349,7 @@ def _mismatch(task: Task, base: Checkpoint, what: str, difference: str) -> BaseM
 
 
 def _side_files(task: Task, base: Checkpoint) -> Iterator[tuple[str, bytes]]:
-    """Side files of the fine-tune. Only names that this program knows are ever written."""
+    """Side files of the fine-tune that could be read, perhaps under names never to be written."""
     for entry in task.reader.files:
         if entry.op is Op.NEW:
             data = task.reader.read_file(entry)
@@ -259,10 +359,9 @@ def _side_files(task: Task, base: Checkpoint) -> Iterator[tuple[str, bytes]]:
             if entry.name not in base.side_files:
                 raise _mismatch(task, base, f"file {entry.name!r}", "is missing")
             data = base.read_side_file(entry.name)
-            if (len(data), hashlib.sha256(data).digest()) != (entry.numel, entry.sha256):
+            if len(data) != entry.numel or not has_digest(data, entry.digest):
                 raise _mismatch(task, base, f"file {entry.name!r}", "has another content")
-        if entry.name in SIDE_FILES:
-            yield entry.name, data
+        yield entry.name, data
 
 
 def _is_ours(name: str) -> bool:

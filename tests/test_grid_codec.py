@@ -209,13 +209,13 @@ class TestChunks:
             assert np.array_equal(wanted, base)
 
 
-def file_of(known, chunks, shape, log2, sha256=bytes(32), base=None):
+def file_of(known, chunks, shape, log2, digest=bytes(32), base=None):
     """A file of one BF16 tensor in a grid."""
     stream = io.BytesIO()
     writer = NpsWriter(stream)
     writer.add_chunks([parameter_chunk(known), *chunks])
     dtype = BY_NAME["BF16"]
-    writer.add_tensor(TensorEntry("w", dtype, shape, Op.DELTA, ValueCodec.GRID, log2, 0, sha256))
+    writer.add_tensor(TensorEntry("w", dtype, shape, Op.DELTA, ValueCodec.GRID, log2, 0, digest))
     writer.finish([BaseTensor("w", dtype, shape, bytes(32) if base is None else base)], {})
     return stream.getvalue()
 

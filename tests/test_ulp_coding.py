@@ -15,7 +15,13 @@ from hypothesis import strategies as st
 import minimal_reader
 import nps_compress
 from nps_compress import BaseMismatchError, FormatError, InvalidArgumentError
-from nps_compress.codecs import EncodedChunk, ValueCodec, distances_work, encode_chunk
+from nps_compress.codecs import (
+    EncodedChunk,
+    ValueCodec,
+    distances_work,
+    encode_chunk,
+    payload_of,
+)
 from nps_compress.dtypes import BY_NAME, digest
 from nps_compress.format import layout
 from nps_compress.format.layout import Op
@@ -27,7 +33,7 @@ from nps_compress.ulp_coding import (
     LEAST_TOKEN_BYTES,
     MANTISSA_BITS,
     MAX_CONTEXTS,
-    decode_distances,
+    apply_distances,
     encode_distances,
     exponents_of,
     most_low_bytes,
@@ -55,9 +61,18 @@ def by_minimal_reader(tokens, low, exponents, itemsize):
         return refusal.rule
 
 
+def distances_of(tokens, low, exponents, itemsize):
+    """How far words with these exponents are moved."""
+    dtype = BY_NAME["BF16" if itemsize == 2 else "F32"]
+    before = words_with(exponents, itemsize)
+    after = before.copy()
+    apply_distances(tokens, low, None, after, dtype)
+    return payload_of(ValueCodec.ULP, before, after, dtype).astype(np.uint32) + np.uint32(1)
+
+
 def by_package(tokens, low, exponents, itemsize):
     try:
-        return decode_distances(tokens, low, exponents, itemsize).tolist()
+        return distances_of(tokens, low, exponents, itemsize).tolist()
     except FormatError as error:
         return error.rule
 
@@ -75,7 +90,7 @@ def assert_round_trip(distances, exponents, itemsize=4, minimal=True):
     tokens, low = encode_distances(distances, exponents)
     assert LEAST_TOKEN_BYTES <= len(tokens) <= most_token_bytes(distances.size)
     assert len(low) <= most_low_bytes(itemsize, distances.size)
-    assert np.array_equal(decode_distances(tokens, low, exponents, itemsize), distances)
+    assert np.array_equal(distances_of(tokens, low, exponents, itemsize), distances)
     if minimal:
         assert by_minimal_reader(tokens, low, exponents, itemsize) == distances.tolist()
     return tokens, low

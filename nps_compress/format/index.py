@@ -19,7 +19,13 @@ from nps_compress.dtypes import BY_CODE, PRUNABLE, DType
 from nps_compress.errors import FormatError
 from nps_compress.format import layout
 from nps_compress.format.layout import Op
-from nps_compress.format.records import BaseTensor, TensorEntry, has_control_characters
+from nps_compress.format.records import (
+    BaseTensor,
+    TensorEntry,
+    base_root,
+    content_digest,
+    has_control_characters,
+)
 from nps_compress.format.writer import FILE_NAME
 from nps_compress.rank_one import rows_and_columns
 
@@ -32,7 +38,8 @@ _LOSSY_CODECS = (ValueCodec.SIGNS, ValueCodec.LEVELS, ValueCodec.GRID)
 @dataclass(frozen=True)
 class Index:
     """The tables of a file. chunks: [n] chunk records; per chunk, [n] int64: the bytes stored,
-    those with padding, and the offset in the file."""
+    those with padding, and the offset in the file. Both digests are whole, those of the tensors
+    and files perhaps only their start."""
 
     base: tuple[BaseTensor, ...]
     tensors: tuple[TensorEntry, ...]
@@ -42,6 +49,8 @@ class Index:
     stored_bytes: npt.NDArray[np.int64]
     padded_bytes: npt.NDArray[np.int64]
     offsets: npt.NDArray[np.int64]
+    base_root: bytes
+    content_digest: bytes
 
 
 def _fail(rule: str, detail: str) -> NoReturn:
@@ -74,8 +83,11 @@ def parse_index(index: bytes, index_offset: int) -> Index:
     )
     if sum(sizes) != len(index):
         _fail("I-SIZE", f"tables of {sum(sizes)} bytes in an index of {len(index)}")
-    if head["reserved0"] or any(head["reserved1"].tobytes()):
+    if any(head["reserved"].tobytes()):
         _fail("I-RESERVED", "reserved bytes of the index head are not zero")
+    digest_bytes = int(head["digest_bytes"])
+    if digest_bytes not in (layout.DIGEST_BYTES, layout.SHORT_DIGEST_BYTES):
+        _fail("I-DIGESTS", f"digests of {digest_bytes} bytes")
     starts = np.cumsum((0, *sizes)).tolist()
 
     def table(number: int, dtype: np.dtype[Any], count: int) -> npt.NDArray[np.void]:
@@ -91,19 +103,28 @@ def parse_index(index: bytes, index_offset: int) -> Index:
         _fail("I-RESERVED", "reserved bytes of a base record are not zero")
 
     records = (base, tensors, files)
+    if any(table["digest"][:, digest_bytes:].any() for table in records):
+        _fail("I-DIGESTS", f"a digest is longer than the {digest_bytes} bytes that it may have")
     names = _names(heap, records)
     _check_shapes(records, names)
     base_tensors = tuple(
-        BaseTensor(name, dtype, shape, sha256)
-        for name, (dtype, shape), sha256 in zip(
-            names[0], _dtypes_and_shapes(base), _digests(base), strict=True
+        BaseTensor(name, dtype, shape, digest)
+        for name, (dtype, shape), digest in zip(
+            names[0], _dtypes_and_shapes(base), _digests(base, digest_bytes), strict=True
         )
     )
     entries = (
-        *_check_tensors(tensors, names[1], base_tensors),
-        *_check_files(files, names[2]),
+        *_check_tensors(tensors, names[1], base_tensors, digest_bytes),
+        *_check_files(files, names[2], digest_bytes),
     )
     entries = _place(entries, len(chunks))
+    own, side_files = entries[: len(tensors)], entries[len(tensors) :]
+    root, content = head["base_root"].tobytes(), head["content_digest"].tobytes()
+    if digest_bytes == layout.DIGEST_BYTES:
+        if base_root(base_tensors) != root:
+            _fail("I-ROOT", "the digests of the base's tensors don't make up the base root")
+        if content_digest(own, side_files) != content:
+            _fail("I-ROOT", "the digests of the tensors don't make up the content digest")
     raw_bytes = _check_chunks(entries, chunks)
     stored = layout.stored_chunk_bytes(chunks)
     alignment = layout.CHUNK_ALIGNMENT
@@ -115,13 +136,15 @@ def parse_index(index: bytes, index_offset: int) -> Index:
         _fail("C-EXPANSION", f"{end - layout.HEADER_BYTES} bytes of chunks hold {raw_bytes}")
     return Index(
         base_tensors,
-        entries[: len(tensors)],
-        entries[len(tensors) :],
+        own,
+        side_files,
         _parse_metadata(index[starts[6] :]),
         chunks,
         stored,
         padded,
         layout.HEADER_BYTES + np.cumsum(padded) - padded,
+        root,
+        content,
     )
 
 
@@ -173,10 +196,13 @@ def _check_shapes(tables: tuple[npt.NDArray[np.void], ...], names: tuple[list[st
 
 
 def _check_tensors(
-    table: npt.NDArray[np.void], names: list[str], base_tensors: tuple[BaseTensor, ...]
+    table: npt.NDArray[np.void],
+    names: list[str],
+    base_tensors: tuple[BaseTensor, ...],
+    digest_bytes: int,
 ) -> tuple[TensorEntry, ...]:
     entries = []
-    for name, record, (dtype, shape), sha256 in _rows(table, names):
+    for name, record, (dtype, shape), digest in _rows(table, names, digest_bytes):
         op = _op(record, name)
         index: int | None = record["base_index"]
         if op is Op.NEW:
@@ -191,20 +217,22 @@ def _check_tensors(
             if (base.dtype, base.shape) != (dtype, shape):
                 _fail("R-SHAPE", f"{name!r} differs from {base.name!r} in dtype or shape")
         if op is Op.COPY:
-            if any(sha256):
+            if any(digest):
                 _fail("R-COPY", f"copied tensor {name!r} has a digest of its own")
             assert index is not None
-            sha256 = base_tensors[index].sha256
+            digest = base_tensors[index].digest
         codec = _value_codec(record, name, op, dtype)
         entries.append(
-            TensorEntry(name, dtype, shape, op, codec, record["chunk_log2"], index, sha256)
+            TensorEntry(name, dtype, shape, op, codec, record["chunk_log2"], index, digest)
         )
     return tuple(entries)
 
 
-def _check_files(table: npt.NDArray[np.void], names: list[str]) -> tuple[TensorEntry, ...]:
+def _check_files(
+    table: npt.NDArray[np.void], names: list[str], digest_bytes: int
+) -> tuple[TensorEntry, ...]:
     entries = []
-    for name, record, (dtype, shape), sha256 in _rows(table, names):
+    for name, record, (dtype, shape), digest in _rows(table, names, digest_bytes):
         op = _op(record, name)
         if op is Op.DELTA or dtype.name != "U8" or len(shape) != 1:
             _fail("R-FILE", f"file {name!r} must be one row of bytes, new or the base's")
@@ -214,7 +242,7 @@ def _check_files(table: npt.NDArray[np.void], names: list[str]) -> tuple[TensorE
             _fail("R-BASE", f"file {name!r} names a base tensor")
         codec = _value_codec(record, name, op, dtype)
         chunk_log2 = record["chunk_log2"]
-        entries.append(TensorEntry(name, dtype, shape, op, codec, chunk_log2, None, sha256))
+        entries.append(TensorEntry(name, dtype, shape, op, codec, chunk_log2, None, digest))
     return tuple(entries)
 
 
@@ -404,7 +432,7 @@ def _dtypes_and_shapes(
 
 
 def _rows(
-    table: npt.NDArray[np.void], names: list[str]
+    table: npt.NDArray[np.void], names: list[str], digest_bytes: int
 ) -> Iterator[tuple[str, Record, tuple[DType, tuple[int, ...]], bytes]]:
     """Tensor or file records as Python values, a table at a time: a scalar at a time is slow."""
     reserved = (
@@ -412,15 +440,17 @@ def _rows(
     )
     fields = ("op", "value_codec", "chunk_log2", "base_index")
     columns = [*(table[field].tolist() for field in fields), reserved.tolist()]
-    for name, values, typed, sha256 in zip(
-        names, zip(*columns, strict=True), _dtypes_and_shapes(table), _digests(table), strict=True
+    typed = _dtypes_and_shapes(table)
+    digests = _digests(table, digest_bytes)
+    for name, values, type_, digest in zip(
+        names, zip(*columns, strict=True), typed, digests, strict=True
     ):
-        yield name, dict(zip((*fields, "reserved"), values, strict=True)), typed, sha256
+        yield name, dict(zip((*fields, "reserved"), values, strict=True)), type_, digest
 
 
-def _digests(table: npt.NDArray[np.void]) -> Iterator[bytes]:
-    raw = table["sha256"].tobytes()
-    return (raw[start : start + 32] for start in range(0, len(raw), 32))
+def _digests(table: npt.NDArray[np.void], digest_bytes: int) -> Iterator[bytes]:
+    raw = table["digest"][:, :digest_bytes].tobytes()
+    return (raw[start : start + digest_bytes] for start in range(0, len(raw), digest_bytes))
 
 
 def _plausible(stored: npt.NDArray[np.int64], raw: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:

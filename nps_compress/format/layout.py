@@ -1,17 +1,17 @@
 """Byte geometry of a ``.nps`` file. The tables of format_spec/SPEC.md, as numpy records.
 
 File: header (64) | chunk data | index | footer (96), all little-endian.
-Index, once decompressed: head (64) | base records | tensor records | file records | chunk records
+Index, once decompressed: head (128) | base records | tensor records | file records | chunk records
 | string heap | metadata.
 """
 
 from __future__ import annotations
 
-import hashlib
 from enum import IntEnum
 
 import numpy as np
 import numpy.typing as npt
+from blake3 import blake3
 
 MAGIC = b"\x89NPS\r\n\x1a\n"
 MAGIC_REVERSED = MAGIC[::-1]
@@ -34,6 +34,9 @@ MAX_INDEX_RATIO, INDEX_RATIO_SLACK = 8, 2**16
 # Bounds the work and memory of decoding by the size of the file.
 MAX_EXPANSION, EXPANSION_SLACK = 256, 2**26
 NO_BASE = 0xFFFFFFFF
+# Of a tensor's digest an index holds all, or only so much as tells tensors apart; the roots in its
+# head are whole.
+DIGEST_BYTES, SHORT_DIGEST_BYTES = 32, 8
 
 SUPPORTED_REQUIRED_FEATURES = 0
 
@@ -71,7 +74,7 @@ FOOTER = np.dtype(
         ("index_stored_bytes", "<u8"),
         ("index_raw_bytes", "<u8"),
         ("file_bytes", "<u8"),
-        ("index_sha256", "V32"),
+        ("index_digest", "V32"),
         ("major", "<u2"),
         ("minor", "<u2"),
         ("index_compression", "u1"),
@@ -85,11 +88,13 @@ INDEX_HEAD = np.dtype(
         ("base_records", "<u4"),
         ("tensor_records", "<u4"),
         ("file_records", "<u4"),
-        ("reserved0", "<u4"),
+        ("digest_bytes", "<u4"),
         ("chunk_records", "<u8"),
         ("heap_bytes", "<u8"),
         ("metadata_bytes", "<u8"),
-        ("reserved1", "V24"),
+        ("base_root", "u1", (DIGEST_BYTES,)),
+        ("content_digest", "u1", (DIGEST_BYTES,)),
+        ("reserved", "V24"),
     ]
 )
 BASE_RECORD = np.dtype(
@@ -99,7 +104,7 @@ BASE_RECORD = np.dtype(
         ("rank", "u1"),
         ("reserved", "<u4"),
         ("shape", "<u8", (MAX_RANK,)),
-        ("sha256", "u1", (32,)),
+        ("digest", "u1", (DIGEST_BYTES,)),
     ]
 )
 TENSOR_RECORD = np.dtype(
@@ -114,7 +119,7 @@ TENSOR_RECORD = np.dtype(
         ("base_index", "<u4"),
         ("reserved1", "<u4"),
         ("shape", "<u8", (MAX_RANK,)),
-        ("sha256", "u1", (32,)),
+        ("digest", "u1", (DIGEST_BYTES,)),
         ("reserved2", "u1", (16,)),
     ]
 )
@@ -128,7 +133,7 @@ CHUNK_RECORD = np.dtype(
         ("planes_compressed", "u1"),
         ("reserved", "u1"),
         ("plane_stored_bytes", "<u4", (8,)),
-        ("sha256_64", "u1", (8,)),
+        ("digest64", "u1", (SHORT_DIGEST_BYTES,)),
     ]
 )
 
@@ -152,6 +157,6 @@ def aligned(size: int) -> int:
     return -(-size // CHUNK_ALIGNMENT) * CHUNK_ALIGNMENT
 
 
-def sha256_64(data: bytes) -> bytes:
-    """The first 8 bytes of SHA-256, the check on a chunk's stored bytes."""
-    return hashlib.sha256(data).digest()[:8]
+def digest64(data: bytes) -> bytes:
+    """The first 8 bytes of BLAKE3, the check on a chunk's stored bytes."""
+    return blake3(data).digest(SHORT_DIGEST_BYTES)

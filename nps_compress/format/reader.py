@@ -18,6 +18,7 @@ from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
+from blake3 import blake3
 
 from nps_compress import codecs, grid_codec, sign_codec
 from nps_compress.codecs import MaskCodec, Positions, ValueCodec
@@ -25,13 +26,13 @@ from nps_compress.errors import FormatError
 from nps_compress.format import layout
 from nps_compress.format.index import parse_index
 from nps_compress.format.layout import IndexCompression, Op
-from nps_compress.format.records import BaseTensor, TensorEntry, base_root, content_digest
+from nps_compress.format.records import BaseTensor, TensorEntry, has_digest
 from nps_compress.grid_codec import GridParameters
 from nps_compress.rank_one import rows_and_columns
 from nps_compress.sign_codec import SignParameters
 
 Parameters = SignParameters | GridParameters | int
-_DIGEST_OF_NOTHING = np.frombuffer(layout.sha256_64(b""), np.uint8)
+_DIGEST_OF_NOTHING = np.frombuffer(layout.digest64(b""), np.uint8)
 
 
 @dataclass(frozen=True)
@@ -115,13 +116,13 @@ class NpsReader:
 
     @property
     def base_root(self) -> bytes:
-        """SHA-256 that identifies the whole base (SPEC.md, base root)."""
-        return base_root(self.base)
+        """The digest that identifies the whole base (SPEC.md, base root)."""
+        return self._index.base_root
 
     @property
     def content_digest(self) -> bytes:
-        """SHA-256 that identifies the fine-tune however it is encoded (SPEC.md, content digest)."""
-        return content_digest(self.tensors, self.files)
+        """The digest that identifies the fine-tune however it is encoded (SPEC.md, the same)."""
+        return self._index.content_digest
 
     def file_digest(self) -> bytes:
         """SHA-256 of the whole file."""
@@ -214,7 +215,7 @@ class NpsReader:
         if any(data[size:]):
             self._fail("C-PADDING", f"non-zero padding behind chunk {number} of {entry.name!r}")
         data = data[:size]
-        if layout.sha256_64(data) != record["sha256_64"].tobytes():
+        if layout.digest64(data) != record["digest64"].tobytes():
             self._fail("P-DIGEST", f"chunk {number} of {entry.name!r} is damaged")
         return record, data
 
@@ -230,7 +231,7 @@ class NpsReader:
             return list(range(entry.chunks))
         first = entry.first_chunk + entry.has_parameters
         records = self._index.chunks[first : first + entry.chunks]
-        intact = (records["sha256_64"] == _DIGEST_OF_NOTHING).all(axis=1)
+        intact = (records["digest64"] == _DIGEST_OF_NOTHING).all(axis=1)
         found: list[int] = np.flatnonzero(~(intact & (records["nnz"] == 0))).tolist()
         return found
 
@@ -239,7 +240,7 @@ class NpsReader:
         data = b"".join(
             self.read_chunk(entry, number).planes.tobytes() for number in range(entry.chunks)
         )
-        if hashlib.sha256(data).digest() != entry.sha256:
+        if not has_digest(data, entry.digest):
             self._fail_digest(entry)
         return data
 
@@ -249,13 +250,13 @@ class NpsReader:
         Raises:
             FormatError: C-PADDING, P-*, D-DIGEST.
         """
-        digest = hashlib.sha256()
+        digest = blake3()
         self.parameters(entry)
         for number in self.chunks_to_read(entry):
             chunk = self.read_chunk(entry, number)
             if entry.op is Op.NEW:
                 digest.update(np.ascontiguousarray(chunk.planes.T).data)
-        if entry.op is Op.NEW and digest.digest() != entry.sha256:
+        if entry.op is Op.NEW and digest.digest(len(entry.digest)) != entry.digest:
             self._fail_digest(entry)
 
     # -- validation ---------------------------------------------------------------------------
@@ -326,7 +327,7 @@ class NpsReader:
         elif not (stored < raw_bytes <= layout.MAX_INDEX_RATIO * stored + layout.INDEX_RATIO_SLACK):
             self._fail("T-INDEXSIZE", f"index of {raw_bytes} bytes stored in {stored}")
         index = self._pread(offset, stored)
-        if hashlib.sha256(index).digest() != footer["index_sha256"].tobytes():
+        if blake3(index).digest() != footer["index_digest"].tobytes():
             self._fail("I-DIGEST", "index is damaged")
         if compression == IndexCompression.ZSTD:
             try:

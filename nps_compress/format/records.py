@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from blake3 import blake3
+
 from nps_compress.codecs import ValueCodec
-from nps_compress.dtypes import DType
+from nps_compress.dtypes import DType, Words, octets
 from nps_compress.format.layout import Op
 
 
 @dataclass(frozen=True)
 class BaseTensor:
-    """One tensor of the base: what identifies it. sha256 is of its little-endian bytes."""
+    """One tensor of the base: what identifies it.
+
+    ``digest`` is BLAKE3 of its little-endian bytes, or as many bytes of that as an index holds.
+    """
 
     name: str
     dtype: DType
     shape: tuple[int, ...]
-    sha256: bytes
+    digest: bytes
 
 
 @dataclass(frozen=True)
 class TensorEntry:
     """One tensor (or side file) of the fine-tune.
 
-    ``base_index`` points into the base table where ``op`` is COPY or DELTA. ``sha256`` is of the
-    rebuilt bytes; for a copied tensor it is the base tensor's.
+    ``base_index`` points into the base table where ``op`` is COPY or DELTA. ``digest`` is of the
+    rebuilt bytes, as for :class:`BaseTensor`; for a copied tensor it is the base tensor's.
     """
 
     name: str
@@ -38,7 +42,7 @@ class TensorEntry:
     value_codec: ValueCodec
     chunk_log2: int
     base_index: int | None
-    sha256: bytes
+    digest: bytes
     first_chunk: int = 0
 
     @property
@@ -67,20 +71,26 @@ class TensorEntry:
         return self.chunks + self.has_parameters
 
 
+def has_digest(data: bytes | Words, promised: bytes) -> bool:
+    """Whether bytes, or words as bytes, have the digest that an index holds, whole or its start."""
+    raw = data if isinstance(data, bytes) else octets(data)
+    return bool(blake3(raw).digest(len(promised)) == promised)
+
+
 def base_root(base: Iterable[BaseTensor]) -> bytes:
-    """One SHA-256 over names, dtypes, shapes and digests of all base tensors, by name."""
-    digest = hashlib.sha256()
+    """One digest over names, dtypes, shapes and digests of all base tensors, by name."""
+    digest = blake3()
     for tensor in sorted(base, key=lambda tensor: tensor.name.encode()):
         digest.update(_identity(tensor))
     return digest.digest()
 
 
 def content_digest(tensors: Sequence[TensorEntry], files: Sequence[TensorEntry]) -> bytes:
-    """One SHA-256 that identifies a fine-tune however it is encoded (SPEC.md, content digest).
+    """One digest that identifies a fine-tune however it is encoded (SPEC.md, content digest).
 
     tensors, files: in order of their UTF-8 names.
     """
-    digest = hashlib.sha256(b"nps-content\n")
+    digest = blake3(b"nps-content\n")
     digest.update(struct.pack("<I", len(tensors)))
     for tensor in tensors:
         digest.update(_identity(tensor))
@@ -88,14 +98,14 @@ def content_digest(tensors: Sequence[TensorEntry], files: Sequence[TensorEntry])
     for file in files:
         name = file.name.encode()
         digest.update(struct.pack("<H", len(name)) + name)
-        digest.update(struct.pack("<Q", file.numel) + file.sha256)
+        digest.update(struct.pack("<Q", file.numel) + file.digest)
     return digest.digest()
 
 
 def _identity(tensor: BaseTensor | TensorEntry) -> bytes:
     name, rank = tensor.name.encode(), len(tensor.shape)
     typed = struct.pack(f"<BB{rank}Q", tensor.dtype.code, rank, *tensor.shape)
-    return struct.pack("<H", len(name)) + name + typed + tensor.sha256
+    return struct.pack("<H", len(name)) + name + typed + tensor.digest
 
 
 def has_control_characters(text: str) -> bool:

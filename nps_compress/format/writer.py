@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import re
@@ -11,14 +10,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import BinaryIO
 
 import numpy as np
+from blake3 import blake3
 
 from nps_compress.codecs import EncodedChunk, MaskCodec, ValueCodec, compress_if_smaller
 from nps_compress.dtypes import BY_NAME
 from nps_compress.errors import InvalidArgumentError
 from nps_compress.format import layout
 from nps_compress.format.layout import IndexCompression, Op
-from nps_compress.format.records import BaseTensor, TensorEntry, has_control_characters
+from nps_compress.format.records import (
+    BaseTensor,
+    TensorEntry,
+    base_root,
+    content_digest,
+    has_control_characters,
+)
 
+_DIGESTS_SHARE = 0.01  # of the file, that whole digests may take
 _SMALL_INDEX_BYTES = 256  # below, an index that can be read in a hex dump is worth more
 
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -60,7 +67,7 @@ class NpsWriter:
             record["mask_compressed"] = chunk.mask_compressed
             record["planes_compressed"] = chunk.planes_compressed
             record["plane_stored_bytes"][: len(chunk.planes)] = [len(p) for p in chunk.planes]
-            record["sha256_64"] = np.frombuffer(layout.sha256_64(data), np.uint8)
+            record["digest64"] = np.frombuffer(layout.digest64(data), np.uint8)
             self._chunks.append(record.tobytes())
             padded = layout.aligned(len(data))
             self._stream.write(data + bytes(padded - len(data)))
@@ -82,13 +89,13 @@ class NpsWriter:
             self.add_chunks(
                 [EncodedChunk(len(part), MaskCodec.FULL, 0, False, b"", smaller, (stored,))]
             )
-        self._add_file(name, Op.NEW, len(data), hashlib.sha256(data).digest(), chunk_log2)
+        self._add_file(name, Op.NEW, len(data), blake3(data).digest(), chunk_log2)
 
     def add_base_file(self, name: str, data: bytes) -> None:
         """Record that a side file is the base's, by size and digest."""
-        self._add_file(name, Op.COPY, len(data), hashlib.sha256(data).digest(), 0)
+        self._add_file(name, Op.COPY, len(data), blake3(data).digest(), 0)
 
-    def _add_file(self, name: str, op: Op, size: int, sha256: bytes, chunk_log2: int) -> None:
+    def _add_file(self, name: str, op: Op, size: int, digest: bytes, chunk_log2: int) -> None:
         if size > layout.MAX_FILE_BYTES:
             raise InvalidArgumentError(f"size of {name}", size, "at most 64 MiB")
         if len(self._files) == layout.MAX_FILES:
@@ -96,14 +103,19 @@ class NpsWriter:
         if not FILE_NAME.fullmatch(name):
             raise InvalidArgumentError("file name", name, "letters, digits, dot, dash, underscore")
         codec = ValueCodec.REPLACE if op is Op.NEW else ValueCodec.NONE
-        entry = TensorEntry(name, BY_NAME["U8"], (size,), op, codec, chunk_log2, None, sha256)
+        entry = TensorEntry(name, BY_NAME["U8"], (size,), op, codec, chunk_log2, None, digest)
         _check_order([*self._files[-1:], entry])
         self._files.append(entry)
 
     def finish(self, base: Sequence[BaseTensor], metadata: Mapping[str, str]) -> int:
-        """Write index and footer. Returns the size of the file in bytes."""
+        """Write index and footer. Returns the size of the file in bytes.
+
+        Of digests that would take more than a percent of the file, only the start is stored.
+        """
         _check_order(base)
-        raw = self._index(base, metadata)
+        digests = layout.DIGEST_BYTES * (len(base) + len(self._tensors))
+        short = digests > _DIGESTS_SHARE * self._offset
+        raw = self._index(base, metadata, short)
         if len(raw) > layout.MAX_INDEX_BYTES:
             raise InvalidArgumentError("index", f"{len(raw):,} bytes", "at most 1 GiB")
         stored, compressed = raw, False
@@ -116,7 +128,7 @@ class NpsWriter:
         footer["index_stored_bytes"] = len(stored)
         footer["index_raw_bytes"] = len(raw)
         footer["file_bytes"] = self._offset + len(stored) + layout.FOOTER_BYTES
-        footer["index_sha256"] = np.void(hashlib.sha256(stored).digest())
+        footer["index_digest"] = np.void(blake3(stored).digest())
         footer["major"], footer["minor"] = layout.MAJOR, layout.MINOR
         footer["index_compression"] = IndexCompression.ZSTD if compressed else IndexCompression.RAW
         footer["crc32"] = zlib.crc32(footer.tobytes()[:-12])
@@ -124,7 +136,7 @@ class NpsWriter:
         self._stream.write(stored + footer.tobytes())
         return int(footer["file_bytes"])
 
-    def _index(self, base: Sequence[BaseTensor], metadata: Mapping[str, str]) -> bytes:
+    def _index(self, base: Sequence[BaseTensor], metadata: Mapping[str, str], short: bool) -> bytes:
         names = [
             record.name for records in (base, self._tensors, self._files) for record in records
         ]
@@ -141,12 +153,17 @@ class NpsWriter:
         head["base_records"], head["tensor_records"] = len(base), len(self._tensors)
         head["file_records"], head["chunk_records"] = len(self._files), len(self._chunks)
         head["heap_bytes"], head["metadata_bytes"] = len(heap), len(meta)
+        root, content = base_root(base), content_digest(self._tensors, self._files)
+        head["base_root"] = np.frombuffer(root, np.uint8)
+        head["content_digest"] = np.frombuffer(content, np.uint8)
+        size = layout.SHORT_DIGEST_BYTES if short else layout.DIGEST_BYTES
+        head["digest_bytes"] = size
         return b"".join(
             (
                 head.tobytes(),
-                b"".join(_base_record(tensor) for tensor in base),
-                b"".join(_tensor_record(entry, is_file=False) for entry in self._tensors),
-                b"".join(_tensor_record(entry, is_file=True) for entry in self._files),
+                b"".join(_base_record(tensor, size) for tensor in base),
+                b"".join(_tensor_record(entry, False, size) for entry in self._tensors),
+                b"".join(_tensor_record(entry, True, size) for entry in self._files),
                 b"".join(self._chunks),
                 heap,
                 meta,
@@ -172,17 +189,17 @@ def check_name(name: str) -> None:
         raise InvalidArgumentError("tensor name", name, "another: safetensors reserves this one")
 
 
-def _base_record(tensor: BaseTensor) -> bytes:
+def _base_record(tensor: BaseTensor, digest_bytes: int) -> bytes:
     check_name(tensor.name)
     record = np.zeros((), layout.BASE_RECORD)
     record["name_bytes"] = len(tensor.name.encode())
     record["dtype"], record["rank"] = tensor.dtype.code, len(tensor.shape)
     record["shape"][: len(tensor.shape)] = tensor.shape
-    record["sha256"] = np.frombuffer(tensor.sha256, np.uint8)
+    record["digest"][:digest_bytes] = np.frombuffer(tensor.digest, np.uint8)[:digest_bytes]
     return record.tobytes()
 
 
-def _tensor_record(entry: TensorEntry, is_file: bool) -> bytes:
+def _tensor_record(entry: TensorEntry, is_file: bool, digest_bytes: int) -> bytes:
     record = np.zeros((), layout.TENSOR_RECORD)
     record["name_bytes"] = len(entry.name.encode())
     record["dtype"], record["rank"], record["op"] = entry.dtype.code, len(entry.shape), entry.op
@@ -190,5 +207,5 @@ def _tensor_record(entry: TensorEntry, is_file: bool) -> bytes:
     record["base_index"] = layout.NO_BASE if entry.base_index is None else entry.base_index
     record["shape"][: len(entry.shape)] = entry.shape
     if is_file or entry.op is not Op.COPY:
-        record["sha256"] = np.frombuffer(entry.sha256, np.uint8)
+        record["digest"][:digest_bytes] = np.frombuffer(entry.digest, np.uint8)[:digest_bytes]
     return record.tobytes()

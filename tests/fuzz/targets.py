@@ -233,8 +233,9 @@ def distances(data: bytes) -> None:
     except minimal_reader.Refused as refusal:
         wanted = refusal.rule
     try:
-        planes = codecs.decode_distances((tokens, low), base, dtype)
-        payload = np.ascontiguousarray(planes.T).view(dtype.word)[:, 0]
+        after = base.copy()
+        ulp_coding.apply_distances(tokens, low, None, after, dtype)
+        payload = codecs.payload_of(ValueCodec.ULP, base, after, dtype)
         found: list[int] | str = payload.tolist()
     except FormatError as error:
         found = error.rule
@@ -243,7 +244,9 @@ def distances(data: bytes) -> None:
         return
     exponents = ulp_coding.exponents_of(base, dtype)
     again = ulp_coding.encode_distances(payload.astype(np.uint32) + np.uint32(1), exponents)
-    assert np.array_equal(codecs.decode_distances(again, base, dtype), planes)
+    moved = base.copy()
+    ulp_coding.apply_distances(*again, None, moved, dtype)
+    assert np.array_equal(moved, after)
 
 
 def distance_seeds() -> list[bytes]:
