@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 # What small tensors in work may take together, beside the largest ones.
 MEMORY_SLACK = 256 << 20
@@ -49,3 +54,30 @@ def bounded_map(
         finally:
             for future, _ in pending:
                 future.cancel()
+
+
+class Buffers:
+    """Memory that is used again: fresh pages cost as much as reading a file into them.
+
+    There are never more than were held at once.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._free: list[npt.NDArray[np.uint8]] = []
+
+    @contextlib.contextmanager
+    def held(self, nbytes: int) -> Iterator[npt.NDArray[np.uint8]]:
+        """Memory of so many bytes, with anything in it. [nbytes] uint8."""
+        with self._lock:
+            self._free.sort(key=len)
+            fits = next((i for i, one in enumerate(self._free) if len(one) >= nbytes), -1)
+            buffer = self._free.pop(fits) if self._free else np.empty(0, np.uint8)
+        if len(buffer) < nbytes:
+            del buffer  # before there is another one
+            buffer = np.empty(nbytes, np.uint8)
+        try:
+            yield buffer[:nbytes]
+        finally:
+            with self._lock:
+                self._free.append(buffer)

@@ -88,7 +88,14 @@ class Checkpoint:
 
     def read(self, name: str) -> Words:
         """The tensor as a new writable array. -> [numel] words. Raises CheckpointError."""
-        return self.tensors[name].read()
+        tensor = self.tensors[name]
+        words = np.empty(tensor.numel, tensor.dtype.word)
+        self.read_into(name, words)
+        return words
+
+    def read_into(self, name: str, words: Words) -> None:
+        """Fill ``words``, [numel], with the tensor. Raises CheckpointError."""
+        self.tensors[name].read_into(words)
 
     def read_side_file(self, name: str) -> bytes:
         """The bytes of a side file. Raises CheckpointError."""

@@ -25,7 +25,9 @@ from nps_compress.errors import FormatError
 Positions = npt.NDArray[np.uint32]  # ascending, within the chunk
 
 DEFAULT_LEVEL = 3
-_SAMPLE = 1 << 13  # changed words by which a codec is chosen
+# Changed words by which a codec is chosen: zstd shows with few what it makes of their planes, a
+# table of frequencies has to pay.
+_SAMPLE, _SAMPLE_OF_TABLES = 1 << 10, 1 << 12
 MAX_ZSTD_WINDOW = 1 << 23
 _GAP8_ESCAPE, _GAP16_ESCAPE = 0xFF, 0xFFFF
 # Outside these densities the other codec was never the smaller one on random masks.
@@ -232,8 +234,7 @@ class Gap8Codec:
     @staticmethod
     def encode(positions: Positions, numel: int) -> bytes:
         """positions: [nnz] uint32, ascending -> the stream."""
-        gaps, escapes = _gaps(positions, _GAP8_ESCAPE)
-        return _expand_gaps(gaps, escapes, np.uint8, _GAP8_ESCAPE).tobytes()
+        return _gaps(positions, numel, np.dtype("u1")).tobytes()
 
     @staticmethod
     def decode(data: bytes, numel: int, nnz: int) -> Positions:
@@ -256,8 +257,7 @@ class Gap16Codec:
     @staticmethod
     def encode(positions: Positions, numel: int) -> bytes:
         """positions: [nnz] uint32, ascending -> the stream."""
-        gaps, escapes = _gaps(positions, _GAP16_ESCAPE)
-        words = _expand_gaps(gaps, escapes, np.dtype("<u2"), _GAP16_ESCAPE)
+        words = _gaps(positions, numel, np.dtype("<u2"))
         return words.view(np.uint8).reshape(-1, 2).T.tobytes()
 
     @staticmethod
@@ -293,9 +293,12 @@ def decode_mask(codec: MaskCodec, data: bytes, numel: int, nnz: int) -> Position
 
 
 def encode_mask(
-    positions: Positions, numel: int, level: int = DEFAULT_LEVEL
+    positions: Positions, numel: int, level: int = DEFAULT_LEVEL, bits: Bytes | None = None
 ) -> tuple[MaskCodec, int, bytes, bool]:
-    """The smallest of the codecs that can win at this density: codec, raw bytes, stored, zstd?"""
+    """The smallest of the codecs that can win at this density: codec, raw bytes, stored, zstd?
+
+    bits: [ceil(numel / 8)], the bitmask, where it is known already.
+    """
     nnz = len(positions)
     if nnz == 0:
         return MaskCodec.EMPTY, 0, b"", False
@@ -311,7 +314,10 @@ def encode_mask(
         candidates.append(BitmaskCodec)
     best: tuple[MaskCodec, int, bytes, bool] | None = None
     for codec in candidates:
-        raw = codec.encode(positions, numel)
+        if bits is not None and codec is BitmaskCodec:
+            raw = bits.tobytes()
+        else:
+            raw = codec.encode(positions, numel)
         stored, compressed = compress_if_smaller(raw, level)
         if best is None or len(stored) < len(best[2]):
             best = (codec.id, len(raw), stored, compressed)
@@ -320,22 +326,27 @@ def encode_mask(
 
 
 def _gaps(
-    positions: Positions, escape: int
-) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32]]:
-    gaps = np.diff(positions.astype(np.int64), prepend=-1).astype(np.uint32) - 1
-    return gaps % escape, gaps // escape
-
-
-def _expand_gaps(
-    gaps: npt.NDArray[np.uint32],
-    escapes: npt.NDArray[np.uint32],
-    dtype: npt.DTypeLike,
-    escape: int,
+    positions: Positions, numel: int, dtype: np.dtype[np.unsignedinteger]
 ) -> npt.NDArray[np.unsignedinteger]:
-    ends = np.cumsum(escapes.astype(np.int64) + 1)
-    out = np.full(int(ends[-1]), escape, dtype)
-    out[ends - 1] = gaps
-    return out
+    """The stream of a gap codec with elements of this type, whose largest value is the escape."""
+    escape = np.iinfo(dtype).max
+    out = np.empty(positions.size + numel // int(escape), dtype)
+    return out[: _write_gaps(positions, escape, out)]
+
+
+@jit
+def _write_gaps(positions, escape, out):  # type: ignore[no-untyped-def]
+    at, following = 0, np.uint32(0)
+    for i in range(positions.size):
+        gap = positions[i] - following
+        while gap >= escape:
+            out[at] = escape
+            at += 1
+            gap -= np.uint32(escape)
+        out[at] = gap
+        at += 1
+        following = positions[i] + np.uint32(1)
+    return at
 
 
 _OK, _BAD_POPCOUNT, _BAD_TAIL, _BAD_GAP, _BAD_ESCAPE = range(5)
@@ -581,13 +592,12 @@ def encode_chunk(
         nnz = new.size
         mask: tuple[MaskCodec, int, bytes, bool]
         mask = (MaskCodec.FULL if nnz else MaskCodec.EMPTY, 0, b"", False)
-        kept_base, kept_new = None, new
     else:
-        positions = np.flatnonzero(base != new).astype(np.uint32)
+        bits = np.packbits(base != new, bitorder="little")
+        positions = _positions_of(bits)
         nnz = len(positions)
-        mask = encode_mask(positions, new.size, level)
-        kept_base, kept_new = base[positions], new[positions]
-    compressed, planes = _encode_values(codec, kept_base, kept_new, dtype, level)
+        mask = encode_mask(positions, new.size, level, bits)
+    compressed, planes = _encode_values(codec, base, new, positions, dtype, level)
     work = 0
     if codec is ValueCodec.CODED_ULP and planes:
         work = distances_work(len(planes[0]), dtype.itemsize, nnz)
@@ -595,16 +605,29 @@ def encode_chunk(
 
 
 def _encode_values(
-    codec: ValueCodec, base: Words | None, new: Words, dtype: DType, level: int
+    codec: ValueCodec,
+    base: Words | None,
+    new: Words,
+    positions: Positions | None,
+    dtype: DType,
+    level: int,
 ) -> tuple[int, tuple[bytes, ...]]:
-    """Value planes of kept words, [nnz] each, and which of them are zstd frames."""
-    if codec is not ValueCodec.CODED_ULP:
+    """Value planes of kept words, and which of them are zstd frames. positions: None for all."""
+    if base is None or positions is None:
         return encode_planes(payload_of(codec, base, new, dtype), level)
-    assert base is not None
-    if not new.size:
+    if codec is not ValueCodec.CODED_ULP:
+        return encode_planes(payload_of(codec, base[positions], new[positions], dtype), level)
+    if not positions.size:
         return 0, ()
-    distances = payload_of(ValueCodec.ULP, base, new, dtype).astype(np.uint32) + np.uint32(1)
-    return 0, ulp_coding.encode_distances(distances, ulp_coding.exponents_of(base, dtype))
+    return 0, ulp_coding.encode_distances(*ulp_coding.distances_of(base, new, positions, dtype))
+
+
+def _positions_of(bits: Bytes) -> Positions:
+    """Where a bitmask has bits set, ascending. bits: [n / 8] -> [nnz]."""
+    nnz = int(np.bitwise_count(bits).sum(dtype=np.int64))
+    positions = np.empty(nnz + 8, np.uint32)
+    _bitmask_decode(bits, 8 * bits.size, _BIT_COUNTS, _BIT_POSITIONS, positions)
+    return positions[:nnz]
 
 
 def best_value_codec(
@@ -614,7 +637,7 @@ def best_value_codec(
 
     choices: REPLACE among them; those that the dtype rules out are passed over.
     """
-    changed = np.flatnonzero(base != new)[:_SAMPLE]
+    changed = _positions_of(np.packbits(base != new, bitorder="little"))[:_SAMPLE_OF_TABLES]
     if not len(changed):
         return ValueCodec.REPLACE
     allowed = {ValueCodec.REPLACE, ValueCodec.XOR}
@@ -623,8 +646,9 @@ def best_value_codec(
     if dtype.name in PRUNABLE:
         allowed.add(ValueCodec.CODED_ULP)
 
-    def size(codec: ValueCodec) -> int:
-        _, planes = _encode_values(codec, base[changed], new[changed], dtype, DEFAULT_LEVEL)
-        return sum(map(len, planes))
+    def size(codec: ValueCodec) -> float:
+        sample = changed if codec is ValueCodec.CODED_ULP else changed[:_SAMPLE]
+        _, planes = _encode_values(codec, base, new, sample, dtype, DEFAULT_LEVEL)
+        return sum(map(len, planes)) / len(sample)
 
     return min((codec for codec in choices if codec in allowed), key=size)

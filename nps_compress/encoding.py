@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
+from nps_compress._threads import Buffers
 from nps_compress.candidates import SLICE, Loaded, Pruner, kind_of
 from nps_compress.checkpoint import Checkpoint, Pair
 from nps_compress.codecs import (
@@ -80,16 +82,38 @@ def encode_tensor(
     selection: Selection | None,
     base_index: Mapping[str, int],
     effort: Effort,
+    buffers: Buffers,
 ) -> Encoded:
     """A tensor of the fine-tune as it is stored.
 
-    pruner: None where every changed bit is kept; base_index: numbers of the base's tensors.
+    pruner: None where every changed bit is kept; base_index: numbers of the base's tensors;
+    buffers: to read into.
     """
+    with contextlib.ExitStack() as held:
+
+        def read(checkpoint: Checkpoint, name: str) -> Words:
+            tensor = checkpoint.tensors[name]
+            words = held.enter_context(buffers.held(tensor.nbytes)).view(tensor.dtype.word)
+            checkpoint.read_into(name, words)
+            return words
+
+        return _encode_tensor(pair_, name, pruner, selection, base_index, effort, read)
+
+
+def _encode_tensor(
+    pair_: Pair,
+    name: str,
+    pruner: Pruner | None,
+    selection: Selection | None,
+    base_index: Mapping[str, int],
+    effort: Effort,
+    read: Callable[[Checkpoint, str], Words],
+) -> Encoded:
     stored = pair_.finetuned.tensors[name]
     base_name = pair_.base_of.get(name)
     base_dtype = pair_.base.tensors[base_name].dtype if base_name else None
     if base_name is None or (pruner is None and base_dtype != stored.dtype):
-        return _encode_new(name, stored.dtype, stored.shape, pair_.finetuned.read(name), effort)
+        return _encode_new(name, stored.dtype, stored.shape, read(pair_.finetuned, name), effort)
     assert base_dtype is not None
     moved, multiples = Distortion(), None
     kind = kind_of(pruner.recipe.prune) if pruner else "exact"
@@ -101,7 +125,7 @@ def encode_tensor(
         after = pruner.prune(name, loaded, selection, multiples)
         moved = distortion(*loaded, after)
     else:
-        before, after = pair_.base.read(base_name), pair_.finetuned.read(name)
+        before, after = read(pair_.base, base_name), read(pair_.finetuned, name)
     identity = identify(pair_.base, base_name, before)
     changed = sum(
         int(np.count_nonzero(before[start : start + SLICE] != after[start : start + SLICE]))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nps_compress import __version__
 from nps_compress._progress import bar
-from nps_compress._threads import bounded_map
+from nps_compress._threads import Buffers, bounded_map
 from nps_compress.atomic import atomic_file, refuse_existing, refuse_input_as_output
 from nps_compress.candidates import Pruner
 from nps_compress.checkpoint import Checkpoint, Pair, open_checkpoint, pair
@@ -178,9 +178,11 @@ def write(
     groups = pruner.pruned_groups() if pruner else []
     prunable = {name for name in pruner.names if pruner.group(name) in groups} if pruner else set()
 
+    buffers = Buffers()
+
     def encode(name: str) -> Encoded:
         chosen = pruner if name in prunable else None
-        return encode_tensor(pair_, name, chosen, selection, base_index, effort)
+        return encode_tensor(pair_, name, chosen, selection, base_index, effort, buffers)
 
     said = {BASE_NAME_KEY: base.name, FINETUNED_NAME_KEY: finetuned.name}
     said["tool"] = f"nps-compress {__version__}"

@@ -243,15 +243,15 @@ class _Patched(Checkpoint):
     patches: Mapping[str, tuple[StoredTensor, StoredTensor]]  # indices and values
     files: Mapping[str, bytes]
 
-    def read(self, name: str) -> Words:
-        """The tensor, changed where the patch says so. Raises CheckpointError."""
+    def read_into(self, name: str, words: Words) -> None:
+        """Fill ``words`` with the tensor, changed as the patch says. Raises CheckpointError."""
         if name not in self.base_of:
-            return super().read(name)
-        words = self.base.read(self.base_of[name])
+            super().read_into(name, words)
+            return
+        self.base.read_into(self.base_of[name], words)
         if name in self.patches:
             indices, values = self.patches[name]
             words[self._positions(indices, words.size)] = values.read()
-        return words
 
     def _positions(self, indices: StoredTensor, numel: int) -> npt.NDArray[np.signedinteger]:
         positions = indices.read().view(f"<i{indices.dtype.itemsize}")

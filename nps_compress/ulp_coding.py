@@ -75,13 +75,28 @@ def encode_distances(distances: Distances, exponents: Exponents) -> tuple[bytes,
     """Tokens, and low bits. distances: [nnz], at least 1; exponents: [nnz], of the base's words."""
     counts = np.zeros((_EXPONENTS, _TOKENS), np.int64)
     tokens = np.empty(distances.size, np.uint8)
-    low = np.zeros(most_low_bytes(4, distances.size) + 8, np.uint8)
-    used = _tokenise(distances, exponents, tokens, counts, low)
+    low = np.empty(most_low_bytes(4, distances.size) // 8 + 1, np.uint64)
+    bits: int = _tokenise(distances, exponents, tokens, counts, low)
     context_of = np.empty(_EXPONENTS, np.uint8)
     shares = _normalised(_merged(counts, context_of))
     words = np.empty(2 * distances.size + 2 * _STATES, np.uint16)
     first = _encode(tokens, exponents, context_of, shares, words)
-    return _table(context_of, shares) + words[first:].astype("<u2").tobytes(), low[:used].tobytes()
+    table = np.empty(most_token_bytes(0), np.uint8)
+    coded = table[: _write_table(context_of, shares, table)].tobytes()
+    low_bytes = low.astype("<u8").view(np.uint8)[: (bits + 7) // 8]
+    return coded + words[first:].astype("<u2").tobytes(), low_bytes.tobytes()
+
+
+def distances_of(
+    base: Words, new: Words, positions: Positions, dtype: DType
+) -> tuple[Distances, Exponents]:
+    """How far kept words lie apart, and the base's exponents there.
+
+    base, new: [n], different at ``positions``, [nnz] -> [nnz], [nnz].
+    """
+    distances, exponents = np.empty(positions.size, np.uint32), np.empty(positions.size, np.uint8)
+    _measure(base, new, positions, MANTISSA_BITS[dtype.name], distances, exponents)
+    return distances, exponents
 
 
 def apply_distances(
@@ -165,75 +180,102 @@ def _normalised(counts):  # type: ignore[no-untyped-def]
     return shares
 
 
-def _table(context_of: npt.NDArray[np.uint8], shares: npt.NDArray[np.int64]) -> bytes:
+@jit
+def _write_table(context_of, shares, out):  # type: ignore[no-untyped-def]
     """The number of contexts; of each its first exponent, first token, tokens, and shares."""
-    parts = [bytes([len(shares)])]
-    for context, share in enumerate(shares):
-        there = np.flatnonzero(share)
-        first, last = int(there[0]), int(there[-1])
-        start = int(np.searchsorted(context_of, context))
-        parts.append(bytes([start, first, last - first + 1]))
-        parts.append(share[first : last + 1].astype("<u2").tobytes())
-    return b"".join(parts)
+    out[0] = shares.shape[0]
+    at, exponent = 1, 0
+    for context in range(shares.shape[0]):
+        while context_of[exponent] != context:
+            exponent += 1
+        first, last = 0, _TOKENS - 1
+        while shares[context, first] == 0:
+            first += 1
+        while shares[context, last] == 0:
+            last -= 1
+        out[at], out[at + 1], out[at + 2] = exponent, first, last - first + 1
+        at += 3
+        for token in range(first, last + 1):
+            out[at] = shares[context, token] & 0xFF
+            out[at + 1] = shares[context, token] >> 8
+            at += 2
+    return at
+
+
+@jit
+def _measure(base, new, positions, mantissa, distances, exponents):  # type: ignore[no-untyped-def]
+    # Words as signed integers in the order of the floats: a negative one has its other bits turned.
+    width = np.int64(8 * base.itemsize)
+    unused = np.int64(64) - width
+    others = (np.int64(1) << (width - np.int64(1))) - np.int64(1)
+    field = (np.int64(1) << (width - np.int64(1) - mantissa)) - np.int64(1)
+    for i in range(positions.size):
+        position = positions[i]
+        before = np.int64(base[position]) << unused >> unused
+        after = np.int64(new[position]) << unused >> unused
+        exponents[i] = (before >> mantissa) & field
+        before ^= (before >> np.int64(63)) & others
+        after ^= (after >> np.int64(63)) & others
+        difference = (after - before) << unused >> unused
+        distances[i] = (difference << np.int64(1)) ^ (difference >> np.int64(63))
 
 
 @jit
 def _tokenise(distances, exponents, tokens, counts, low):  # type: ignore[no-untyped-def]
-    """Fill tokens [n], their counts by exponent, and the low bits; returns the bytes of these."""
+    """Fill tokens [n], their counts by exponent, and the low bits; returns how many of these."""
     held = np.uint64(0)
     have = np.uint64(0)
     at = 0
     for i in range(distances.size):
         distance = np.uint64(distances[i])
-        token = np.uint64(0)
-        if distance > 1:
-            # The exponent of a float64 counts the bits below the leading one.
-            below = (np.float64(distance).view(np.uint64) >> np.uint64(52)) - np.uint64(1023)
-            rest = below - np.uint64(1)
-            token = np.uint64(2) * below + ((distance >> rest) & np.uint64(1))
-            held |= (distance & ((np.uint64(1) << rest) - np.uint64(1))) << have
-            have += rest
-            while have >= 8:
-                low[at] = np.uint8(held & np.uint64(0xFF))
-                held >>= np.uint64(8)
-                have -= np.uint64(8)
-                at += 1
+        # The exponent of a float64 counts the bits below the leading one.
+        below = (np.float64(distance).view(np.uint64) >> np.uint64(52)) - np.uint64(1023)
+        rest = max(below, np.uint64(1)) - np.uint64(1)
+        token = np.uint64(2) * below + ((distance >> rest) & np.uint64(1))
+        token = token if distance > 1 else np.uint64(0)
+        bits = distance & ((np.uint64(1) << rest) - np.uint64(1))
+        held |= bits << have
+        have += rest
+        if have >= 64:
+            low[at] = held
+            at += 1
+            have -= np.uint64(64)
+            held = bits >> (rest - have)
         tokens[i] = token
         counts[exponents[i], token] += 1
-    if have > 0:
-        low[at] = np.uint8(held)
-        at += 1
-    return at
+    low[at] = held
+    return 64 * at + np.int64(have)
 
 
 @jit
 def _encode(tokens, exponents, context_of, shares, words):  # type: ignore[no-untyped-def]
     """Fill ``words`` from its end; returns where they begin."""
-    starts = np.zeros(shares.shape, np.uint64)
+    # Of each token in a context its share, and above that its start.
+    table = np.empty(shares.shape[0] * _TOKENS, np.uint32)
     for context in range(shares.shape[0]):
-        for token in range(1, shares.shape[1]):
-            starts[context, token] = starts[context, token - 1] + np.uint64(
-                shares[context, token - 1]
-            )
-    states = np.full(_STATES, np.uint64(1) << np.uint64(16))
+        start = np.int64(0)
+        for token in range(_TOKENS):
+            table[context * _TOKENS + token] = shares[context, token] | (start << np.int64(16))
+            start += shares[context, token]
+    states = np.full(_STATES, np.uint32(1) << np.uint32(16))
     at = words.size
     for i in range(tokens.size - 1, -1, -1):
-        context, token = context_of[exponents[i]], tokens[i]
-        share = np.uint64(shares[context, token])
+        entry = table[np.uint32(context_of[exponents[i]]) * np.uint32(_TOKENS) + tokens[i]]
+        share = entry & np.uint32(0xFFFF)
         state = states[i & (_STATES - 1)]
-        if state >= share << np.uint64(32 - _SHARE_BITS):
-            at -= 1
-            words[at] = np.uint16(state & np.uint64(0xFFFF))
-            state >>= np.uint64(16)
-        whole = np.uint64(np.uint32(state) // np.uint32(share))
-        rest = state - whole * share
+        # Without a branch: what is not taken is written over by the next one that is.
+        words[at - 1] = np.uint16(state & np.uint32(0xFFFF))
+        full = np.uint64(state) >= np.uint64(share) << np.uint64(32 - _SHARE_BITS)
+        state = state >> np.uint32(16) if full else state
+        at -= np.int64(full)
+        whole = state // share
         states[i & (_STATES - 1)] = (
-            (whole << np.uint64(_SHARE_BITS)) + rest + starts[context, token]
+            (whole << np.uint32(_SHARE_BITS)) + (state - whole * share) + (entry >> np.uint32(16))
         )
     for number in range(_STATES - 1, -1, -1):
         at -= 2
-        words[at] = np.uint16(states[number] & np.uint64(0xFFFF))
-        words[at + 1] = np.uint16(states[number] >> np.uint64(16))
+        words[at] = np.uint16(states[number] & np.uint32(0xFFFF))
+        words[at + 1] = np.uint16(states[number] >> np.uint32(16))
     return at
 
 
