@@ -63,7 +63,9 @@ def to_float32(words: Words, dtype: DType) -> npt.NDArray[np.float32]:
     if dtype.name == "F32":
         return words.view(np.float32)
     if dtype.name == "BF16":
-        return (words.astype(np.uint32) << 16).view(np.float32)
+        wide = words.astype(np.uint32)
+        wide <<= 16
+        return wide.view(np.float32)
     if dtype.name == "F16":
         return words.view(np.float16).astype(np.float32)
     raise ValueError(f"no float32 view of {dtype.name}")

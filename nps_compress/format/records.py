@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from blake3 import blake3
 from nps_compress.codecs import ValueCodec
 from nps_compress.dtypes import DType, Words, octets
 from nps_compress.format.layout import Op
+
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ def _identity(tensor: BaseTensor | TensorEntry) -> bytes:
 
 def has_control_characters(text: str) -> bool:
     """True for C0 and C1 control characters, which could drive a terminal."""
-    return any(ord(c) < 0x20 or 0x7F <= ord(c) < 0xA0 for c in text)
+    return _CONTROL.search(text) is not None
 
 
 def printable(text: str) -> str:
