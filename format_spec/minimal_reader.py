@@ -522,7 +522,7 @@ class Nps:
         check(stated == size, "T-SIZE", f"{stated} bytes stated, {size} found")
         good = 64 <= offset == size - 96 - stored and offset % 8 == 0
         check(good, "T-INDEX", f"an index of {stored} bytes at {offset}")
-        good = (raw == stored) if how == 0 else how > 1 or stored < raw <= 8 * stored + 65536
+        good = (raw == stored) if how == 0 else how > 1 or stored < raw <= 8 * stored + (1 << 20)
         check(good and 128 <= raw <= 1 << 30, "T-INDEXSIZE", f"{raw} bytes stored in {stored}")
         check(how <= 1, "T-COMPRESSION", f"index_compression {how}")
         index = data[offset : offset + stored]

@@ -124,7 +124,7 @@ types:
             index_compression == index_compression::raw
             ? index_raw_bytes == index_stored_bytes
             : index_stored_bytes < index_raw_bytes
-              and index_raw_bytes <= 8 * index_stored_bytes + 65536
+              and index_raw_bytes <= 8 * index_stored_bytes + 1048576
           # T-INDEXSIZE
       - id: reserved
         contents: [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]  # T-RESERVED

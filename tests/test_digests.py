@@ -161,6 +161,29 @@ def test_whole_digests_take_a_percent_at_most():
     assert sizes == [(6400, 32), (6392, 8)]
 
 
+@pytest.mark.parametrize(
+    ("copies", "alike", "digest_bytes", "compression"),
+    [(4_000, False, 8, 1), (7_000, False, 32, 1), (7_000, True, 8, 0)],
+)
+def test_an_index_that_shrinks_too_far(copies, alike, digest_bytes, compression):
+    """Whole digests hold it up, and where even these don't it is stored as it is."""
+    rng = np.random.default_rng(0)
+    digests = [bytes(32) if alike else rng.bytes(32) for _ in range(copies)]
+    table = [BaseTensor(f"{i:06}", U16, (1,), found) for i, found in enumerate(digests)]
+    stream = io.BytesIO()
+    out = NpsWriter(stream)
+    for number, tensor in enumerate(table):
+        known = TensorEntry(
+            tensor.name, U16, (1,), Op.COPY, ValueCodec.NONE, 0, number, tensor.digest
+        )
+        out.add_tensor(known)
+    out.finish(table, {})
+    data = stream.getvalue()
+    index, _ = index_of(data)
+    assert (struct.unpack_from("<I", index, 12)[0], data[-28]) == (digest_bytes, compression)
+    minimal_reader.Nps(data)  # accepts it
+
+
 @pytest.fixture
 def files(tmp_path: Path) -> tuple[Path, Path]:
     """A base, and a file with short digests of a delta, a copy, a new tensor and a side file."""

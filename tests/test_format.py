@@ -283,7 +283,7 @@ def test_optional_features_are_ignored(tmp_path):
         ({"index_stored_bytes": 2**64 - 100}, "T-INDEX"),
         ({"index_raw_bytes": 2**63}, "T-INDEXSIZE"),
         ({"index_raw_bytes": 1}, "T-INDEXSIZE"),
-        ({"index_raw_bytes": 2**20}, "T-INDEXSIZE"),
+        ({"index_raw_bytes": 2**21}, "T-INDEXSIZE"),
         ({"index_raw_bytes": 100}, "T-INDEXSIZE"),
         ({"index_compression": 0}, "T-INDEXSIZE"),
         ({"index_compression": 9}, "T-COMPRESSION"),

@@ -1,4 +1,4 @@
-# From nps.ksy, SHA-256 3b1daafe7b67b6a8e9edb0711f104b9a046d39e94171b6f064e016ece133f226
+# From nps.ksy, SHA-256 ed4671dca203f750c1e6c00657578f2382b82dc58ae1496b112ffebf0043d9c8
 # This is a generated file! Please edit source .ksy file and use kaitai-struct-compiler to rebuild
 # type: ignore
 
@@ -808,7 +808,7 @@ class Nps(KaitaiStruct):
                 raise kaitaistruct.ValidationNotInEnumError(self.index_compression, self._io, u"/types/footer/seq/7")
             self.check_index_raw_bytes = self._io.read_bytes(0)
             _ = self.check_index_raw_bytes
-            if not (self.index_raw_bytes == self.index_stored_bytes if self.index_compression == Nps.IndexCompression.raw else  ((self.index_stored_bytes < self.index_raw_bytes) and (self.index_raw_bytes <= 8 * self.index_stored_bytes + 65536)) ):
+            if not (self.index_raw_bytes == self.index_stored_bytes if self.index_compression == Nps.IndexCompression.raw else  ((self.index_stored_bytes < self.index_raw_bytes) and (self.index_raw_bytes <= 8 * self.index_stored_bytes + 1048576)) ):
                 raise kaitaistruct.ValidationExprError(self.check_index_raw_bytes, self._io, u"/types/footer/seq/8")
             self.reserved = self._io.read_bytes(15)
             if not self.reserved == b"\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00":

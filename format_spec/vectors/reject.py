@@ -164,7 +164,7 @@ reject(
 )
 reject(
     "T-INDEXSIZE-bomb",
-    lambda f: assign(f, compress_index=True, metadata=b'{"' + b"a" * 100_000 + b'":""}'),
+    lambda f: assign(f, compress_index=True, metadata=b'{"' + b"a" * 2_000_000 + b'":""}'),
 )
 for _what, _beyond, _rule in (
     ("ratio-by-one", 1, "T-INDEXSIZE"),
@@ -174,7 +174,7 @@ for _what, _beyond, _rule in (
         f"{_rule}-{_what}",
         lambda f, b=_beyond: (
             assign(f, compress_index=True, index_frame=lambda raw: b"\x55" * 100),
-            f.set_footer.update(index_raw_bytes=8 * 100 + 65536 + b),
+            f.set_footer.update(index_raw_bytes=8 * 100 + 2**20 + b),
         ),
     )
 reject("T-COMPRESSION-unknown", lambda f: f.set_footer.update(index_compression=2))
