@@ -210,7 +210,7 @@ class TestForeignPatches:
             "renamed": {},
             "deleted": [],
             "files": {"../evil": "QQ==", "config.json": "QQ=="},
-            "base_files": {"../evil": "00"},
+            "base_files": {"../evil": "00" * 8},
             "metadata": {},
         }
         patch = self.patch(
