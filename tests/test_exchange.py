@@ -200,6 +200,10 @@ class TestForeignPatches:
             text = json.dumps({**whole, "files": files})
             patch = self.patch(tmp_path, {"nps": text}, w__indices=one, w__values=values)
             self.refuses(base, patch, tmp_path, "is not what export writes")
+        for known in ("00" * 7, "00" * 16, "zz" * 8):
+            text = json.dumps({**whole, "files": {}, "base_files": {"config.json": known}})
+            patch = self.patch(tmp_path, {"nps": text}, w__indices=one, w__values=values)
+            self.refuses(base, patch, tmp_path, "is not what export writes")
         for text in ("{", "[]", "[" * 10_000, '{"renamed": 1}', '{"a": "\\ud800"}'):
             patch = self.patch(tmp_path, {"nps": text}, w__indices=one, w__values=values)
             self.refuses(base, patch, tmp_path, "is not what export writes")
