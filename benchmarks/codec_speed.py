@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 import rows
-from nps_compress import codecs
+from nps_compress import codecs, ulp_coding
 from nps_compress.codecs import ValueCodec
 from nps_compress.dtypes import BY_NAME, round_float32, to_float32
 from nps_compress.encoding import effort_of
@@ -90,11 +90,12 @@ def measure(numel: int, density: float, level: str, repeats: int) -> dict[str, o
         for part, chunk, (mask, planes) in zip(parts, chunks, raw, strict=True):
             target = out[part]
             positions = codecs.decode_mask(chunk.mask_codec, mask, target.size, chunk.nnz)
-            before, applied = base[part], codec
             if coded:
-                kept = before if positions is None else before[positions]
-                applied, planes = ValueCodec.ULP, codecs.decode_distances(chunk.planes, kept, BF16)
-            codecs.apply_payload(applied, planes, positions, before, target, BF16)
+                tokens, low = chunk.planes
+                np.copyto(target, base[part])
+                ulp_coding.apply_distances(tokens, low, positions, target, BF16)
+            else:
+                codecs.apply_payload(codec, planes, positions, base[part], target, BF16)
 
     # numpy's way to the same words: a bitmask of the tensor and base ^ new at its set bits, over
     # the whole tensor as a loader would write it, and in chunks that a core's cache holds.

@@ -1,6 +1,5 @@
 """A minimal, strict reader of .nps 1.0 files, written from SPEC.md alone."""
 
-import hashlib
 import json
 import math
 import re
@@ -16,11 +15,12 @@ from typing import NamedTuple
 
 import numpy as np
 import zstandard
+from blake3 import blake3
 
 MAGIC = bytes.fromhex("894e50530d0a1a0a")
 HEADER = struct.Struct("<8sHH4sQQ28sI")
 FOOTER = struct.Struct("<QQQQ32sHHB15sI8s")
-HEAD = struct.Struct("<III4sQQQ24s")
+HEAD = struct.Struct("<IIIIQQQ32s32s24s")
 BASE = struct.Struct("<HBB4s8Q32s")
 TENSOR = struct.Struct("<HBBBBBBI4s8Q32s16s")
 CHUNK = struct.Struct("<IIIBBBB8I8s")
@@ -57,12 +57,15 @@ class WrongBase(Exception):
 
 
 class Record(NamedTuple):
-    """A base, tensor or file record. What follows sha256 means nothing for a base tensor."""
+    """A base, tensor or file record. What follows digest means nothing for a base tensor.
+
+    digest: as many bytes of it as the file holds.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    sha256: bytes
+    digest: bytes
     op: int = 0
     value_codec: int = 0
     chunk_log2: int = 0
@@ -104,8 +107,8 @@ def parse_metadata(raw: bytes) -> dict[str, str]:
     return dict(pairs)
 
 
-def parse_starts(heap: bytes, tables: list[list[tuple]]) -> list[list[Record]]:
-    """N and S rules: what the rows of the base, tensor and file tables have in common."""
+def parse_starts(heap: bytes, tables: list[list[tuple]], size: int) -> list[list[Record]]:
+    """N and S rules: what the rows of all tables have in common. size: of a digest."""
     total = sum(row[0] for rows in tables for row in rows)
     check(total == len(heap), "N-HEAP", f"names of {total} bytes, a heap of {len(heap)}")
     names, at = ([], [], []), 0
@@ -131,13 +134,13 @@ def parse_starts(heap: bytes, tables: list[list[tuple]]) -> list[list[Record]]:
             check(rank <= 8, "S-RANK", name)
             check(not any(dims[rank:]), "S-DIM", name)
             check(math.prod(filter(None, dims)) <= 1 << 48, "S-NUMEL", name)
-            records[i].append(Record(name, NAMES[code - 1], dims[:rank], row[at + 8]))
+            records[i].append(Record(name, NAMES[code - 1], dims[:rank], row[at + 8][:size]))
     return records
 
 
 def parse_record(record: Record, row: tuple, base: list[Record] | None, first: int) -> Record:
     """R rules; the whole record. A file has no base tensors."""
-    name, dtype, shape, sha256 = record[:4]
+    name, dtype, shape, digest = record[:4]
     op, codec, log2, reserved0, index, reserved1, reserved2 = *row[3:9], row[18]
     check(not reserved0 and not any(reserved1 + reserved2), "R-RESERVED", name)
     check(op in OPS, "R-OP", name)
@@ -146,7 +149,7 @@ def parse_record(record: Record, row: tuple, base: list[Record] | None, first: i
     has_base = base is not None and op != NEW
     check(index < len(base) if has_base else index == NO_BASE, "R-BASE", name)
     check(not has_base or (dtype, shape) == base[index][1:3], "R-SHAPE", name)
-    check(not has_base or op != COPY or not any(sha256), "R-COPY", name)
+    check(not has_base or op != COPY or not any(digest), "R-COPY", name)
     is_float = dtype in ("F16", "BF16", "F32", "F64")
     changing = (REPLACE, XOR) + (ULP,) * is_float
     changing += (CODED_ULP, SIGNS, LEVELS, GRID) * (dtype in EXPONENT_AT)
@@ -448,14 +451,13 @@ def apply_payload(record: Record, b: np.ndarray, p: np.ndarray) -> np.ndarray:
     return np.where(v > low, v ^ low, v)
 
 
-def describe(records: list[Record], base: list[Record], is_file: bool = False) -> bytes:
-    """What sections 3.7 and 3.8 digest of some records."""
+def describe(records: list[Record], digests: list[bytes], is_file: bool = False) -> bytes:
+    """What sections 3.7 and 3.8 digest of some records. digests: whole."""
     parts = []
-    for name, dtype, shape, sha256, op, _, _, base_index, _ in records:
+    for (name, dtype, shape, *_), digest in zip(records, digests, strict=True):
         kind = b"" if is_file else bytes((NAMES.index(dtype) + 1, len(shape)))
         dimensions = struct.pack(f"<{len(shape)}Q", *shape)
-        origin = base[base_index].sha256 if op == COPY and not is_file else sha256
-        parts += [struct.pack("<H", len(name.encode())), name.encode(), kind, dimensions, origin]
+        parts += [struct.pack("<H", len(name.encode())), name.encode(), kind, dimensions, digest]
     return b"".join(parts)
 
 
@@ -465,30 +467,41 @@ class Nps:
     def __init__(self, data: bytes) -> None:
         self._data = memoryview(data)
         index, index_offset = self._open()
-        bases, tensors, files, zeros, chunks, heap, metadata, zeros1 = HEAD.unpack_from(index)
+        bases, tensors, files, size, chunks, heap, metadata, *roots, zeros = HEAD.unpack_from(index)
+        self.base_root, self.content_digest = roots
         check(max(bases, tensors) <= 1 << 20 and files <= 64, "I-COUNT", "too many records")
         sizes = (104 * bases, 128 * tensors, 128 * files, 56 * chunks, heap, metadata)
-        ends = list(accumulate(sizes, initial=64))
+        ends = list(accumulate(sizes, initial=128))
         check(ends[-1] == len(index), "I-SIZE", f"the parts add up to {ends[-1]}")
         parts = [index[start:end] for start, end in pairwise(ends)]
         rows = [list(BASE.iter_unpack(parts[0])), *map(list, map(TENSOR.iter_unpack, parts[1:3]))]
-        good = not any(zeros + zeros1) and not any(any(row[3]) for row in rows[0])
+        good = not any(zeros) and not any(any(row[3]) for row in rows[0])
         check(good, "I-RESERVED", "reserved bytes of the head or of a base record")
-        self.base, *tables = parse_starts(bytes(parts[4]), rows)
+        rest = (row[12 if i == 0 else 17][size:] for i in range(3) for row in rows[i])
+        check(size in (8, 32) and not any(map(any, rest)), "I-DIGESTS", f"of {size} bytes")
+        self.base, *tables = parse_starts(bytes(parts[4]), rows, size)
         self._records, first = [], 0
         for i, base in enumerate((self.base, None)):
             for record, row in zip(tables[i], rows[i + 1], strict=True):
                 self._records.append(parse_record(record, row, base, first))
                 first = self._records[-1].chunks.stop
         self.tensors, self.files = self._records[:tensors], self._records[tensors:]
+        if size == 32:
+            origins = [self.base[t.base_index] if t.op == COPY else t for t in self.tensors]
+            digests = [[r.digest for r in part] for part in (self.base, origins, self.files)]
+            check(self._base_root(digests[0]) == roots[0], "I-ROOT", "of the base")
+            check(self._content_digest(*digests[1:]) == roots[1], "I-ROOT", "of the content")
         self._chunk_table = parts[3]
         self._starts = chunk_starts(parts[3], self._records, index_offset)
         self.metadata = parse_metadata(bytes(parts[5]))
-        self.base_root = hashlib.sha256(describe(self.base, [])).digest()
-        content = b"nps-content\n" + struct.pack("<I", tensors)
-        content += describe(self.tensors, self.base) + struct.pack("<I", files)
-        content += describe(self.files, [], is_file=True)
-        self.content_digest = hashlib.sha256(content).digest()
+
+    def _base_root(self, digests: list[bytes]) -> bytes:
+        return blake3(describe(self.base, digests)).digest()
+
+    def _content_digest(self, tensors: list[bytes], files: list[bytes]) -> bytes:
+        found = b"nps-content\n" + struct.pack("<I", len(tensors))
+        found += describe(self.tensors, tensors) + struct.pack("<I", len(files))
+        return blake3(found + describe(self.files, files, is_file=True)).digest()
 
     def _open(self) -> tuple[memoryview, int]:
         """F, H and T rules, I-DIGEST and I-ZSTD; the index and where it starts."""
@@ -501,7 +514,7 @@ class Nps:
         check(required == 0, "H-FEATURE", f"required features {required:#x}")
         check(not any(zeros + zeros1), "H-RESERVED", "reserved bytes of the header")
         footer = FOOTER.unpack_from(data, size - 96)
-        offset, stored, raw, stated, sha256, *versions, how, zeros, crc, magic = footer
+        offset, stored, raw, stated, digest, *versions, how, zeros, crc, magic = footer
         check(magic == MAGIC[::-1], "T-MAGIC", "no footer: is the file cut short?")
         check(crc == zlib.crc32(data[size - 96 : size - 12]), "T-CRC", "the footer is damaged")
         check(versions == version, "T-VERSION", "header and footer state different versions")
@@ -509,11 +522,11 @@ class Nps:
         check(stated == size, "T-SIZE", f"{stated} bytes stated, {size} found")
         good = 64 <= offset == size - 96 - stored and offset % 8 == 0
         check(good, "T-INDEX", f"an index of {stored} bytes at {offset}")
-        good = (raw == stored) if how == 0 else how > 1 or stored < raw <= 8 * stored + 65536
-        check(good and 64 <= raw <= 1 << 30, "T-INDEXSIZE", f"{raw} bytes stored in {stored}")
+        good = (raw == stored) if how == 0 else how > 1 or stored < raw <= 8 * stored + (1 << 20)
+        check(good and 128 <= raw <= 1 << 30, "T-INDEXSIZE", f"{raw} bytes stored in {stored}")
         check(how <= 1, "T-COMPRESSION", f"index_compression {how}")
         index = data[offset : offset + stored]
-        check(hashlib.sha256(index).digest() == sha256, "I-DIGEST", "the index is damaged")
+        check(blake3(index).digest() == digest, "I-DIGEST", "the index is damaged")
         return memoryview(inflate(index, raw, "I-ZSTD", "index")) if how else index, offset
 
     def _chunks(
@@ -532,8 +545,8 @@ class Nps:
             start, padded = (int(at) for at in self._starts[number : number + 2])
             ends = list(accumulate((mask_stored, *planes[:width]), initial=start))
             check(not any(self._data[ends[-1] : padded]), "C-PADDING", what)
-            found = hashlib.sha256(self._data[start : ends[-1]]).digest()[:8]
-            check(found == digest, "P-DIGEST", what)
+            found = blake3(self._data[start : ends[-1]])
+            check(found.digest(8) == digest, "P-DIGEST", what)
             streams = []
             for j, (start, end) in enumerate(pairwise(ends)):
                 stream = self._data[start:end]
@@ -572,30 +585,39 @@ class Nps:
                 part = words[place]
                 part[kept] = apply_payload(record, part[kept], payload)
             content = words.tobytes()
-        check(hashlib.sha256(content).digest() == record.sha256, "D-DIGEST", record.name)
+        found = blake3(content).digest(len(record.digest))
+        check(found == record.digest, "D-DIGEST", record.name)
         return content
 
     def verify(self, records: list[Record] | None = None) -> None:
         """Check everything that can be checked without the base."""
         for record in self._records if records is None else records:
-            digest = hashlib.sha256()
+            found = blake3()
             for _, _, payload in self._chunks(record):
-                digest.update(payload)
-            check(record.op != NEW or digest.digest() == record.sha256, "D-DIGEST", record.name)
+                found.update(payload.tobytes())
+            good = found.digest(len(record.digest)) == record.digest
+            check(record.op != NEW or good, "D-DIGEST", record.name)
 
     def rebuild(self, base: BaseDict) -> dict[str, bytes]:
-        """The fine-tune's tensors; the stored files are checked as well."""
-        for name, dtype, shape, sha256, *_ in self.base:
+        """The fine-tune's tensors; base root, stored files and content are checked as well."""
+        digests = []
+        for name, dtype, shape, digest, *_ in self.base:
             found, found_shape, content = base.get(name, ("", (), b""))
             good = (found, tuple(found_shape)) == (dtype, shape)
             good = good and len(content) == math.prod(shape) * WIDTHS[dtype]
-            if not good or hashlib.sha256(content).digest() != sha256:
+            digests.append(blake3(content).digest())
+            if not good or not digests[-1].startswith(digest):
                 raise WrongBase(f"{name} is missing, or has another dtype, shape or digest")
+        if self._base_root(digests) != self.base_root:
+            raise WrongBase("all together, the tensors have another base root")
         result = {}
         for tensor in self.tensors:
             old = b"" if tensor.op == NEW else base[self.base[tensor.base_index].name][2]
             result[tensor.name] = bytes(old) if tensor.op == COPY else self._content(tensor, old)
-        self.verify(self.files)
+        files = [self._content(file, b"") for file in self.files if file.op == NEW]
+        if len(files) == len(self.files):  # else some are the base's, which is not asked for them
+            found = ([blake3(content).digest() for content in c] for c in (result.values(), files))
+            check(self._content_digest(*found) == self.content_digest, "D-CONTENT", "all together")
         return result
 
     def read_file(self, name: str) -> bytes:

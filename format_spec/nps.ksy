@@ -1,8 +1,9 @@
 # What a parser generated from this file checks is marked with the rule of section 8 of
-# format_spec/SPEC.md. What it cannot check: CRC-32s and digests (H-CRC, T-CRC, I-DIGEST, P-DIGEST,
-# D-DIGEST), the JSON of the metadata (M-JSON, M-KEYS), and the chunks' streams, which stay as they
-# are stored (P-ZSTD, P-GAP, P-CODE, P-POPCOUNT, P-TAIL, P-ESCAPE); parameters and the contexts of
-# distances alone are read. A generated parser stops at a broken rule, not necessarily at the first one in the order of section 8.
+# format_spec/SPEC.md. What it cannot check: CRC-32s and digests (H-CRC, T-CRC, I-DIGEST, I-ROOT,
+# P-DIGEST, D-DIGEST, D-CONTENT), the JSON of the metadata (M-JSON, M-KEYS), and the chunks' streams,
+# which stay as they are stored (P-ZSTD, P-GAP, P-CODE, P-POPCOUNT, P-TAIL, P-ESCAPE); parameters and
+# the contexts of distances alone are read. A generated parser stops at a broken rule, not
+# necessarily at the first one in the order of section 8.
 #
 # Fields of `size: 0` are checks: they read nothing. `seq` of `nps` reads everything, so that a
 # parser that has returned has checked everything.
@@ -97,14 +98,14 @@ types:
       - id: index_raw_bytes
         type: u8
         valid:  # T-INDEXSIZE
-          min: 64
+          min: 128
           max: 1073741824
       - id: file_bytes
         type: u8
         valid: _root._io.size  # T-SIZE
-      - id: index_sha256
+      - id: index_digest
         size: 32
-        doc: Digest of the stored index. Not checked here.
+        doc: BLAKE3 of the stored index. Not checked here.
       - id: major
         type: u2
         valid: _root.header.major  # T-VERSION
@@ -123,7 +124,7 @@ types:
             index_compression == index_compression::raw
             ? index_raw_bytes == index_stored_bytes
             : index_stored_bytes < index_raw_bytes
-              and index_raw_bytes <= 8 * index_stored_bytes + 65536
+              and index_raw_bytes <= 8 * index_stored_bytes + 1048576
           # T-INDEXSIZE
       - id: reserved
         contents: [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]  # T-RESERVED
@@ -210,8 +211,11 @@ types:
         type: u4
         valid:
           max: 64  # I-COUNT
-      - id: reserved0
-        contents: [0, 0, 0, 0]  # I-RESERVED
+      - id: digest_bytes
+        type: u4
+        valid:
+          any-of: [8, 32]  # I-DIGESTS
+        doc: How many bytes of a digest each record holds; the rest of its field is zero.
       - id: chunk_records
         type: u8
         valid:
@@ -228,10 +232,18 @@ types:
         size: 0
         valid:
           expr: |
-            64 + 104 * base_records + 128 * tensor_records + 128 * file_records
+            128 + 104 * base_records + 128 * tensor_records + 128 * file_records
             + 56 * chunk_records + heap_bytes + metadata_bytes == _root.footer.index_raw_bytes
           # I-SIZE
-      - id: reserved1
+      - id: base_root
+        size: 32
+        doc: Digest over all tensors of the base. Not checked here (I-ROOT).
+        doc-ref: 'format_spec/SPEC.md, section 3.7: Base root'
+      - id: content_digest
+        size: 32
+        doc: Digest over all tensors and files. Not checked here (I-ROOT, D-CONTENT).
+        doc-ref: 'format_spec/SPEC.md, section 3.8: Content digest'
+      - id: reserved
         contents: [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
                    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]  # I-RESERVED
 
@@ -259,9 +271,13 @@ types:
       - id: shape
         type: shape(rank)
         size: 64
-      - id: sha256
-        size: 32
-        doc: Digest of the tensor, as its elements' little-endian bytes in row-major order.
+      - id: digest
+        size: _parent.head.digest_bytes
+        doc: BLAKE3 of the tensor's elements as little-endian bytes in row-major order.
+      - id: digest_rest
+        contents: [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+                   0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]  # I-DIGESTS
+        if: _parent.head.digest_bytes == 8
 
   tensor_record:
     doc: One tensor of the fine-tune, or one small file beside the weights.
@@ -337,15 +353,20 @@ types:
         valid:
           expr: dtype == base.dtype and rank == base.rank and shape.bytes == base.shape.bytes
           # R-SHAPE
-      - id: sha256
-        size: 32
+      - id: digest
+        size: _parent.head.digest_bytes
         valid:
           expr: |
-            is_file or op != op::copy or _ == [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+            is_file or op != op::copy
+            or _ == [0, 0, 0, 0, 0, 0, 0, 0] or _ == [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
                                                0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]
           # R-COPY
         doc: |
           Digest of the rebuilt tensor, zero for a copied one; of the file, copied or new.
+      - id: digest_rest
+        contents: [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+                   0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]  # I-DIGESTS
+        if: _parent.head.digest_bytes == 8
       - id: reserved2
         contents: [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]  # R-RESERVED
         doc: The place of a quantised codec's parameters.
@@ -557,10 +578,10 @@ types:
             : _ < plane_raw_bytes and _ * 32768 >= plane_raw_bytes
           # C-STORED
         doc: Those from the number of planes on are 0.
-      - id: sha256_64
+      - id: digest64
         size: 8
         doc: |
-          First 8 bytes of the digest of the chunk's stored bytes without padding. Not checked here.
+          First 8 bytes of BLAKE3 of the chunk's stored bytes without padding. Not checked here.
       - id: check_end_raw_bytes
         size: 0
         valid:

@@ -462,7 +462,8 @@ def _ulp_payload(base, new, top, out):  # type: ignore[no-untyped-def]
         before ^= (before >> 63) & low
         after ^= (after >> 63) & low
         difference = (after - before) << (63 - top) >> (63 - top)
-        out[i] = ((difference << 1) ^ (difference >> 63)) - 1
+        zigzag = ((difference << 1) ^ (difference >> 63)) - 1
+        out[i] = zigzag << (63 - top) >> (63 - top)  # plain Python refuses what does not fit
 
 
 def apply_payload(

@@ -124,7 +124,7 @@ def unpack(
             for entry, found in rebuild_each(task_, base_, task_.reader.tensors, places):
                 digests[entry.name] = found
                 advance()
-            check_content(task_, digests, side_files)
+            check_content(task_, base_, digests, side_files)
             if len(shards) > 1:
                 index = json.dumps(_shard_index(shards), indent=2)
                 (folder / WEIGHTS_INDEX).write_text(index, encoding="utf-8")
@@ -170,7 +170,7 @@ def verify(
                 on_tensor(entry)
                 advance()
         files = dict(_side_files(task_, base_))
-        check_content(task_, digests, files)
+        check_content(task_, base_, digests, files)
         known = sum(1 for name in files if name in SIDE_FILES)
         return _report(reader, len(reader.base), known, with_base=True)
 
@@ -281,13 +281,15 @@ def _opened(places: Mapping[str, Place] | None, name: str) -> Iterator[BinaryIO 
         yield stream
 
 
-def check_content(task: Task, digests: Mapping[str, bytes], files: Mapping[str, bytes]) -> None:
+def check_content(
+    task: Task, base: Checkpoint, digests: Mapping[str, bytes], files: Mapping[str, bytes]
+) -> None:
     """The digest over everything: of each tensor's an index may hold only the start.
 
     digests: whole, by name of the tensor; files: what could be read, by name.
 
     Raises:
-        FormatError: D-CONTENT.
+        FormatError: D-CONTENT. BaseMismatchError: that is why.
     """
     reader = task.reader
     if len(files) < len(reader.files):  # one is the base's under a name that nobody reads
@@ -296,7 +298,7 @@ def check_content(task: Task, digests: Mapping[str, bytes], files: Mapping[str, 
     side_files = [replace(file, digest=blake3(files[file.name]).digest()) for file in reader.files]
     if content_digest(tensors, side_files) != reader.content_digest:
         detail = "all together, the tensors and files don't have the digest that was promised"
-        raise FormatError("D-CONTENT", detail, reader.path)
+        raise _first_difference(task, base) or FormatError("D-CONTENT", detail, reader.path)
 
 
 def check_layout(task: Task, base: Checkpoint, entries: Iterable[TensorEntry]) -> None:
@@ -339,7 +341,7 @@ def _first_difference(
                 return _mismatch(task, base, f"tensor {record.name!r}", "has other values")
             found.append(replace(record, digest=whole))
             advance()
-    if base_root(found) != task.reader.base_root:  # in whole digests of which starts are the same
+    if base_root(found) != task.reader.base_root:  # an index may hold only the start of digests
         return _mismatch(task, base, "one of the tensors", "has other values")
     return None
 

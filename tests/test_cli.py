@@ -174,7 +174,7 @@ def test_a_search_of_groups_and_draws(classifier_pair, tmp_path, monkeypatch):
     assert {**json.loads(found.read_text()), "nps_recipe": 1} == recipe
     again = ("--recipe", found, "--calibration", calibration)  # for the importance
     ok("pack", base, tuned, "-o", tmp_path / "u.nps", *again)
-    same = [nps_compress.inspect(path)["content_sha256"] for path in (task, tmp_path / "u.nps")]
+    same = [nps_compress.inspect(path)["content_digest"] for path in (task, tmp_path / "u.nps")]
     assert same[0] == same[1]
 
 

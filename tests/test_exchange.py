@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import nps_compress
 from nps_compress.codecs import EncodedChunk, MaskCodec, ValueCodec
-from nps_compress.dtypes import BY_NAME
+from nps_compress.dtypes import BY_NAME, digest
 from nps_compress.errors import (
     BaseMismatchError,
     CheckpointError,
@@ -36,7 +36,7 @@ REJECT = ROOT / "format_spec" / "vectors" / "reject"
 
 
 def content(task: Path) -> str:
-    return str(nps_compress.inspect(task)["content_sha256"])
+    return str(nps_compress.inspect(task)["content_digest"])
 
 
 def applied(base: dict[str, torch.Tensor], patch: Path) -> dict[str, torch.Tensor]:
@@ -92,15 +92,14 @@ class TestRoundTrip:
         path, records = tmp_path / "t.nps", []
         for name in "abc":
             data = words[name].numpy()
-            sha = hashlib.sha256(data.tobytes()).digest()
-            records.append(BaseTensor(name, BY_NAME["F32"], (4,), sha))
+            records.append(BaseTensor(name, BY_NAME["F32"], (4,), digest(data)))
         with path.open("wb") as stream:  # a is gone, b and c are swapped, d and e are both a
             writer = NpsWriter(stream)
             for name, index in (("b", 2), ("c", 1), ("d", 0), ("e", 0)):
                 record = records[index]
                 writer.add_tensor(
                     TensorEntry(
-                        name, record.dtype, (4,), Op.COPY, ValueCodec.NONE, 0, index, record.sha256
+                        name, record.dtype, (4,), Op.COPY, ValueCodec.NONE, 0, index, record.digest
                     )
                 )
             writer.finish(records, {"base_name": "base", "finetuned_name": "x"})
@@ -201,6 +200,10 @@ class TestForeignPatches:
             text = json.dumps({**whole, "files": files})
             patch = self.patch(tmp_path, {"nps": text}, w__indices=one, w__values=values)
             self.refuses(base, patch, tmp_path, "is not what export writes")
+        for known in ("00" * 7, "00" * 16, "zz" * 8):
+            text = json.dumps({**whole, "files": {}, "base_files": {"config.json": known}})
+            patch = self.patch(tmp_path, {"nps": text}, w__indices=one, w__values=values)
+            self.refuses(base, patch, tmp_path, "is not what export writes")
         for text in ("{", "[]", "[" * 10_000, '{"renamed": 1}', '{"a": "\\ud800"}'):
             patch = self.patch(tmp_path, {"nps": text}, w__indices=one, w__values=values)
             self.refuses(base, patch, tmp_path, "is not what export writes")
@@ -211,7 +214,7 @@ class TestForeignPatches:
             "renamed": {},
             "deleted": [],
             "files": {"../evil": "QQ==", "config.json": "QQ=="},
-            "base_files": {"../evil": "00"},
+            "base_files": {"../evil": "00" * 8},
             "metadata": {},
         }
         patch = self.patch(
@@ -346,13 +349,13 @@ class TestVerifyAlone:
         assert not report.with_base
         assert report.base_tensors == 0
         assert report.tensors == 8
-        assert report.content_sha256 == content(task)
+        assert report.content_digest == content(task)
         assert report.files == 1  # the other one is the base's
         assert "empty" in seen
         assert "config.json" in seen
         whole = nps_compress.verify(base, task)
         assert whole.with_base
-        assert whole.content_sha256 == report.content_sha256
+        assert whole.content_digest == report.content_digest
 
     def test_every_flipped_bit(self, tmp_path):
         data = (REJECT.parent / "valid" / "all-copied-renamed-and-shared.nps").read_bytes()
@@ -385,7 +388,7 @@ def test_content_digest_outlives_the_encoding(tiny, tmp_path):
     save_file({"layer.norm": torch.zeros(16, dtype=torch.bfloat16)}, other / "model.safetensors")
     nps_compress.pack(other, tuned, second, lossless=True)
     a, b = nps_compress.inspect(first), nps_compress.inspect(second)
-    assert a["content_sha256"] == b["content_sha256"]
+    assert a["content_digest"] == b["content_digest"]
     assert a["base_root"] != b["base_root"]
     for found, path in ((a, first), (b, second)):
         assert found["file_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
@@ -393,7 +396,7 @@ def test_content_digest_outlives_the_encoding(tiny, tmp_path):
     changed["scalar"] += 1
     save_file(changed, tuned / "model.safetensors")
     nps_compress.pack(base, tuned, first, lossless=True, force=True)
-    assert content(first) != a["content_sha256"]
+    assert content(first) != a["content_digest"]
 
 
 def test_digest_of_a_file_over_one_mib():

@@ -113,7 +113,7 @@ def test_search_then_pack_equals_pack_with_calibration(classifier_pair, tmp_path
         base, tuned, tmp_path / "b.nps", recipe=recipe, calibration=calibration, search=options
     )
     first, second = (nps_compress.inspect(tmp_path / f"{name}.nps") for name in "ab")
-    for key in ("content_sha256", "tensors", "files", "relative_error"):
+    for key in ("content_digest", "tensors", "files", "relative_error"):
         assert first[key] == second[key]
     # Only where it is searched, the file says what that found.
     scores = [key for key in second["metadata"] if key not in first["metadata"]]

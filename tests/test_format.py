@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import io
 import json
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from blake3 import blake3
 
 from nps_compress import codecs
 from nps_compress.codecs import EncodedChunk, MaskCodec, ValueCodec, encode_chunk
@@ -44,7 +44,7 @@ def build(metadata: dict[str, str] | None = None) -> bytes:
     writer.add_chunks(encode_chunk(before[p], after[p], BF16, codec) for p in parts)
     writer.add_tensor(TensorEntry("a", BF16, (50, 50), Op.DELTA, codec, 10, 0, digest(after)))
     writer.add_tensor(
-        TensorEntry("b", BF16, (50, 50), Op.COPY, ValueCodec.NONE, 0, 1, table[1].sha256)
+        TensorEntry("b", BF16, (50, 50), Op.COPY, ValueCodec.NONE, 0, 1, table[1].digest)
     )
     new = np.arange(7, dtype=np.uint16)
     writer.add_chunks([encode_chunk(None, new, BF16, ValueCodec.REPLACE)])
@@ -99,7 +99,10 @@ def test_tables_come_back(tmp_path):
         assert reader.read_file(reader.files[0]) == b"{}"
         assert reader.metadata == {"k": "v"}
         assert reader.nnz(reader.tensors[0]) == 4
-        assert reader.base_root == base_root(reversed(reader.base))
+        whole = digest(np.random.default_rng(0).integers(0, 1 << 16, N).astype(np.uint16))
+        assert [t.digest for t in reader.base] == [whole[:8]] * 2
+        table = [dataclasses.replace(t, digest=whole) for t in reader.base]
+        assert reader.base_root == base_root(reversed(table))
 
 
 def test_bytes_are_deterministic():
@@ -111,14 +114,16 @@ def test_smallest_file_byte_for_byte(tmp_path):
     NpsWriter(stream).finish([], {})
     data = stream.getvalue()
     header = b"\x89NPS\r\n\x1a\n" + b"\x01\x00" + bytes(50)
-    index = bytes(32) + b"\x02" + bytes(31) + b"{}"
+    counts = bytes(12) + b"\x20" + bytes(3) + bytes(16) + b"\x02" + bytes(7)
+    content = blake3(b"nps-content\n" + bytes(8)).digest()
+    index = counts + blake3(b"").digest() + content + bytes(24) + b"{}"
     footer = b"".join(
         (
             (64).to_bytes(8, "little"),
-            (66).to_bytes(8, "little"),
-            (66).to_bytes(8, "little"),
-            (226).to_bytes(8, "little"),
-            hashlib.sha256(index).digest(),
+            (130).to_bytes(8, "little"),
+            (130).to_bytes(8, "little"),
+            (290).to_bytes(8, "little"),
+            blake3(index).digest(),
             b"\x01\x00\x00\x00",
             bytes(16),
         )
@@ -142,7 +147,7 @@ def test_geometry_is_frozen():
         getattr(layout, name).itemsize
         for name in ("HEADER", "FOOTER", "INDEX_HEAD", "BASE_RECORD", "TENSOR_RECORD")
     ]
-    assert (*sizes, layout.CHUNK_RECORD.itemsize) == (64, 96, 64, 104, 128, 56)
+    assert (*sizes, layout.CHUNK_RECORD.itemsize) == (64, 96, 128, 104, 128, 56)
 
 
 def test_every_truncation_is_refused(tmp_path):
@@ -209,8 +214,8 @@ class Index:
         from nps_compress.codecs import decompress
 
         raw = decompress(GOOD[self.start : -96], int(footer["index_raw_bytes"]))
-        self.head = np.frombuffer(raw[:64], layout.INDEX_HEAD).copy()
-        position = 64
+        self.head = np.frombuffer(raw[:128], layout.INDEX_HEAD).copy()
+        position = 128
         self.tables = []
         for dtype, count in (
             (layout.BASE_RECORD, 2),
@@ -237,7 +242,7 @@ class Index:
         footer["index_stored_bytes"] = footer["index_raw_bytes"] = len(index)
         footer["index_compression"] = 0
         footer["file_bytes"] = 64 + len(data) + len(index) + 96
-        footer["index_sha256"] = np.void(hashlib.sha256(index).digest())
+        footer["index_digest"] = np.void(blake3(index).digest())
         raw = footer.tobytes()[:-12]
         crc = zlib.crc32(raw).to_bytes(4, "little")
         return GOOD[:64] + data + index + raw + crc + layout.MAGIC_REVERSED
@@ -278,11 +283,11 @@ def test_optional_features_are_ignored(tmp_path):
         ({"index_stored_bytes": 2**64 - 100}, "T-INDEX"),
         ({"index_raw_bytes": 2**63}, "T-INDEXSIZE"),
         ({"index_raw_bytes": 1}, "T-INDEXSIZE"),
-        ({"index_raw_bytes": 2**20}, "T-INDEXSIZE"),
+        ({"index_raw_bytes": 2**21}, "T-INDEXSIZE"),
         ({"index_raw_bytes": 100}, "T-INDEXSIZE"),
         ({"index_compression": 0}, "T-INDEXSIZE"),
         ({"index_compression": 9}, "T-COMPRESSION"),
-        ({"index_sha256": np.void(bytes(32))}, "I-DIGEST"),
+        ({"index_digest": np.void(bytes(32))}, "I-DIGEST"),
         ({"index_raw_bytes": 1000}, "I-ZSTD"),
     ],
 )
@@ -291,7 +296,12 @@ def test_footer_rules(tmp_path, fields, rule):
 
 
 SETTINGS = [
-    ("head", "reserved0", 0, 1, "I-RESERVED"),
+    ("head", "reserved", 0, np.void(bytes(23) + b"\1"), "I-RESERVED"),
+    *(("head", "digest_bytes", 0, size, "I-DIGESTS") for size in (0, 7, 9, 31, 33)),
+    ("head", "digest_bytes", 0, 32, "I-ROOT"),
+    ("base", "digest", 1, [0] * 8 + [1] + [0] * 23, "I-DIGESTS"),
+    ("tensors", "digest", 0, [0] * 31 + [1], "I-DIGESTS"),
+    ("files", "digest", 1, [0] * 31 + [1], "I-DIGESTS"),
     ("head", "base_records", 0, 2**32 - 1, "I-COUNT"),
     ("head", "chunk_records", 0, 2**60, "I-SIZE"),
     ("head", "chunk_records", 0, 4, "I-SIZE"),
@@ -321,13 +331,13 @@ SETTINGS = [
     ("tensors", "chunk_log2", 1, 10, "R-CHUNKLOG"),
     ("tensors", "chunk_log2", 0, 11, "C-COUNT"),
     ("tensors", "reserved1", 0, 1, "R-RESERVED"),
-    ("tensors", "sha256", 1, [1] * 32, "R-COPY"),
+    ("tensors", "digest", 1, [0] * 7 + [1] + [0] * 24, "R-COPY"),
     ("head", "file_records", 0, 65, "I-COUNT"),
     ("files", "shape", 1, [2**26 + 1] + [0] * 7, "R-FILE"),
     ("files", "dtype", 0, 1, "R-FILE"),
     ("files", "op", 0, 2, "R-FILE"),
     ("files", "base_index", 0, 0, "R-BASE"),
-    ("files", "sha256", 0, [1] * 32, "D-DIGEST"),
+    ("files", "digest", 0, [1] * 8 + [0] * 24, "D-DIGEST"),
     ("chunks", "nnz", 0, 1025, "C-NNZ"),
     ("chunks", "mask_codec", 0, 5, "C-CODEC"),
     ("chunks", "mask_codec", 0, 0, "C-CODEC"),
@@ -341,7 +351,7 @@ SETTINGS = [
     ("chunks", "planes_compressed", 0, 1, "C-STORED"),
     ("chunks", "plane_stored_bytes", 0, [1, 1, 1, 0, 0, 0, 0, 0], "C-STORED"),
     ("chunks", "plane_stored_bytes", 0, [2, 1, 0, 0, 0, 0, 0, 0], "C-STORED"),
-    ("chunks", "sha256_64", 0, [0] * 8, "P-DIGEST"),
+    ("chunks", "digest64", 0, [0] * 8, "P-DIGEST"),
 ]
 
 
@@ -427,7 +437,7 @@ def test_mask_must_agree_with_its_record(tmp_path):
     mask = int(index.chunks[1]["mask_stored_bytes"])
     data[start : start + mask] = b"\xff" * mask  # the second chunk's gaps all become escapes
     chunk = bytes(data[start : start + size])
-    index.chunks[1]["sha256_64"] = np.frombuffer(layout.sha256_64(chunk), np.uint8)
+    index.chunks[1]["digest64"] = np.frombuffer(layout.digest64(chunk), np.uint8)
     assert rule_of(tmp_path, index.join(bytes(data))) == "P-ESCAPE"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
 import struct
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from blake3 import blake3
 
 from nps_compress.codecs import (
     EncodedChunk,
@@ -61,7 +61,7 @@ def add_noise(writer: NpsWriter, size: int) -> None:
     """A new tensor that does not compress: what is stored sets how far the rest may expand."""
     data = noise(size)
     writer.add_chunks([EncodedChunk(size, MaskCodec.FULL, 0, False, b"", 0, (data,))])
-    digest, values = hashlib.sha256(data).digest(), ValueCodec.REPLACE
+    digest, values = blake3(data).digest(), ValueCodec.REPLACE
     writer.add_tensor(TensorEntry("noise", U8, (size,), Op.NEW, values, 20, None, digest))
 
 
@@ -76,7 +76,7 @@ def many_empty_chunks(writer: NpsWriter) -> list[BaseTensor]:
 
 
 def many_new_tensors(writer: NpsWriter) -> list[BaseTensor]:
-    digest = hashlib.sha256(b"\1").digest()
+    digest = blake3(b"\1").digest()
     one = EncodedChunk(1, MaskCodec.FULL, 0, False, b"", 0, (b"\1",))
     for number in range(24_000):
         writer.add_chunks([one])

@@ -190,7 +190,7 @@ class TestActivation:
             )
             nps_compress.verify(base, out)
             found = nps_compress.inspect(out)
-            contents.add(found["content_sha256"])
+            contents.add(found["content_digest"])
             assert json.loads(found["metadata"]["recipe"])["importance"] == importance
         assert len(contents) == 3
 
@@ -282,7 +282,7 @@ class TestPack:
         nps_compress.verify(base, tmp_path / "a.nps")
         other = Recipe(prune="sampled", density=0.2)
         nps_compress.pack(base, tuned, tmp_path / "b.nps", recipe=other)
-        contents = [nps_compress.inspect(tmp_path / f"{n}.nps")["content_sha256"] for n in "ab"]
+        contents = [nps_compress.inspect(tmp_path / f"{n}.nps")["content_digest"] for n in "ab"]
         assert contents[0] != contents[1]
         searched = Recipe.with_subspaces(2, "tail", density=0.2, importance="fisher")
         report = nps_compress.pack(

@@ -442,7 +442,7 @@ base_model: "someone/base"
 # `someone/law`
 
 A fine-tune of `someone/base`, stored as what changed: base and this file give the weights back, \
-each tensor checked against its SHA-256.
+each tensor checked against its digest.
 
 ```
 nps-compress unpack someone/base law.nps -o law-rebuilt
@@ -492,10 +492,10 @@ base: 0 is exact, 1 as if nothing were kept, and an unbiased sample goes beyond 
 
 ## Digests
 
-| SHA-256 of |  |
+| digests |  |
 | --- | --- |
-| the fine-tune (content) | `{content}` |
-| the file | `{file}` |
+| the fine-tune (content, BLAKE3) | `{content}` |
+| the file (SHA-256) | `{file}` |
 | the base (root over 1 tensors) | `{root}` |
 """
 
@@ -512,7 +512,7 @@ class TestCard:
             ratio=f"{16 / found['file_bytes']:.1f}",
             bits=f"{found['bits_per_param']:.4g}",
             data="ab" * 32,
-            content=found["content_sha256"],
+            content=found["content_digest"],
             file=found["file_sha256"],
             root=found["base_root"],
         )

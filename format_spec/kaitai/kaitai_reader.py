@@ -13,13 +13,13 @@ from kaitaistruct import KaitaiStructError
 from nps import Nps
 
 # Rules of section 8 that the parser enforces: it refuses every file whose first broken rule is one
-# of these. Not H-CRC, T-CRC, I-DIGEST, P-DIGEST, D-DIGEST (it computes no checksums), M-JSON (it
-# asks for UTF-8 that begins with a brace, no more), M-KEYS, and what only a decoded stream shows,
-# but for parameters and the contexts of distances, which it reads.
+# of these. Not H-CRC, T-CRC, I-DIGEST, I-ROOT, P-DIGEST, D-DIGEST, D-CONTENT (it computes no
+# checksums), M-JSON (it asks for UTF-8 that begins with a brace, no more), M-KEYS, and what only a
+# decoded stream shows, but for parameters and the contexts of distances, which it reads.
 _RULES = """
 F-SIZE H-MAGIC H-MAJOR H-FEATURE H-RESERVED
 T-MAGIC T-VERSION T-RESERVED T-SIZE T-INDEX T-INDEXSIZE T-COMPRESSION
-I-ZSTD I-COUNT I-SIZE I-RESERVED
+I-ZSTD I-COUNT I-SIZE I-RESERVED I-DIGESTS
 N-HEAP N-LENGTH N-UTF8 N-CONTROL N-ORDER N-RESERVED N-FILE
 S-DTYPE S-RANK S-DIM S-NUMEL
 R-RESERVED R-OP R-FILE R-BASE R-SHAPE R-COPY R-VALUES R-CHUNKLOG
@@ -39,7 +39,7 @@ def _tensor(record: Any, name: Any) -> dict[str, Any]:
         "dtype": int(record.dtype),
         "rank": record.rank,
         "shape": [dim.size for dim in record.shape.dims[: record.rank]],
-        "sha256": record.sha256.hex(),
+        "digest": record.digest.hex(),
     }
 
 
@@ -63,7 +63,7 @@ def _chunk(chunk: Any) -> dict[str, Any]:
         "mask_compressed": record.mask_compressed,
         "planes_compressed": record.planes_compressed,
         "plane_stored_bytes": record.plane_stored_bytes[: record.tensor.width],
-        "sha256_64": record.sha256_64.hex(),
+        "digest64": record.digest64.hex(),
     }
 
 
@@ -93,8 +93,13 @@ def structure(path: str | Path) -> dict[str, Any]:
             "index_stored_bytes": footer.index_stored_bytes,
             "index_raw_bytes": footer.index_raw_bytes,
             "index_compression": int(footer.index_compression),
-            "index_sha256": footer.index_sha256.hex(),
+            "index_digest": footer.index_digest.hex(),
             "crc32": footer.crc32,
+        },
+        "head": {
+            "digest_bytes": index.head.digest_bytes,
+            "base_root": index.head.base_root.hex(),
+            "content_digest": index.head.content_digest.hex(),
         },
         "base": list(map(_tensor, index.base_records, heap.base_names)),
         "tensors": list(map(_changed, index.tensor_records, heap.tensor_names)),

@@ -1,4 +1,4 @@
-# From nps.ksy, SHA-256 2d7f77fb544d13c39e60c4c062da5c0a260016bf0f96819e396d21d620b11546
+# From nps.ksy, SHA-256 ed4671dca203f750c1e6c00657578f2382b82dc58ae1496b112ffebf0043d9c8
 # This is a generated file! Please edit source .ksy file and use kaitai-struct-compiler to rebuild
 # type: ignore
 
@@ -130,12 +130,21 @@ class Nps(KaitaiStruct):
             self._raw_shape = self._io.read_bytes(64)
             _io__raw_shape = KaitaiStream(BytesIO(self._raw_shape))
             self.shape = Nps.Shape(self.rank, _io__raw_shape, self, self._root)
-            self.sha256 = self._io.read_bytes(32)
+            self.digest = self._io.read_bytes(self._parent.head.digest_bytes)
+            if self._parent.head.digest_bytes == 8:
+                pass
+                self.digest_rest = self._io.read_bytes(24)
+                if not self.digest_rest == b"\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00":
+                    raise kaitaistruct.ValidationNotEqualError(b"\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00", self.digest_rest, self._io, u"/types/base_record/seq/6")
+
 
 
         def _fetch_instances(self):
             pass
             self.shape._fetch_instances()
+            if self._parent.head.digest_bytes == 8:
+                pass
+
 
 
     class Chunk(KaitaiStruct):
@@ -367,7 +376,7 @@ class Nps(KaitaiStruct):
                 if not (_ == 0 if i >= self.planes else ((_ == 0 if self.nnz == 0 else ( ((_ >= 22) and (_ <= 8401 + 2 * self.nnz))  if i == 0 else _ <= (self.nnz * (8 * self.tensor.width - 2) + 7) // 8)) if self.tensor.is_coded_ulp else (_ == self.plane_raw_bytes if self.planes_compressed >> i & 1 == 0 else  ((_ < self.plane_raw_bytes) and (_ * 32768 >= self.plane_raw_bytes)) ))):
                     raise kaitaistruct.ValidationExprError(self.plane_stored_bytes[i], self._io, u"/types/chunk_record/seq/10")
 
-            self.sha256_64 = self._io.read_bytes(8)
+            self.digest64 = self._io.read_bytes(8)
             self.check_end_raw_bytes = self._io.read_bytes(0)
             _ = self.check_end_raw_bytes
             if not self.end_raw_bytes <= 256 * (self._root.footer.index_offset - 64) + 67108864:
@@ -780,14 +789,14 @@ class Nps(KaitaiStruct):
             if not self.index_stored_bytes == (self._root._io.size() - 96) - self.index_offset:
                 raise kaitaistruct.ValidationNotEqualError((self._root._io.size() - 96) - self.index_offset, self.index_stored_bytes, self._io, u"/types/footer/seq/1")
             self.index_raw_bytes = self._io.read_u8le()
-            if not self.index_raw_bytes >= 64:
-                raise kaitaistruct.ValidationLessThanError(64, self.index_raw_bytes, self._io, u"/types/footer/seq/2")
+            if not self.index_raw_bytes >= 128:
+                raise kaitaistruct.ValidationLessThanError(128, self.index_raw_bytes, self._io, u"/types/footer/seq/2")
             if not self.index_raw_bytes <= 1073741824:
                 raise kaitaistruct.ValidationGreaterThanError(1073741824, self.index_raw_bytes, self._io, u"/types/footer/seq/2")
             self.file_bytes = self._io.read_u8le()
             if not self.file_bytes == self._root._io.size():
                 raise kaitaistruct.ValidationNotEqualError(self._root._io.size(), self.file_bytes, self._io, u"/types/footer/seq/3")
-            self.index_sha256 = self._io.read_bytes(32)
+            self.index_digest = self._io.read_bytes(32)
             self.major = self._io.read_u2le()
             if not self.major == self._root.header.major:
                 raise kaitaistruct.ValidationNotEqualError(self._root.header.major, self.major, self._io, u"/types/footer/seq/5")
@@ -799,7 +808,7 @@ class Nps(KaitaiStruct):
                 raise kaitaistruct.ValidationNotInEnumError(self.index_compression, self._io, u"/types/footer/seq/7")
             self.check_index_raw_bytes = self._io.read_bytes(0)
             _ = self.check_index_raw_bytes
-            if not (self.index_raw_bytes == self.index_stored_bytes if self.index_compression == Nps.IndexCompression.raw else  ((self.index_stored_bytes < self.index_raw_bytes) and (self.index_raw_bytes <= 8 * self.index_stored_bytes + 65536)) ):
+            if not (self.index_raw_bytes == self.index_stored_bytes if self.index_compression == Nps.IndexCompression.raw else  ((self.index_stored_bytes < self.index_raw_bytes) and (self.index_raw_bytes <= 8 * self.index_stored_bytes + 1048576)) ):
                 raise kaitaistruct.ValidationExprError(self.check_index_raw_bytes, self._io, u"/types/footer/seq/8")
             self.reserved = self._io.read_bytes(15)
             if not self.reserved == b"\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00":
@@ -1067,9 +1076,9 @@ class Nps(KaitaiStruct):
             self.file_records = self._io.read_u4le()
             if not self.file_records <= 64:
                 raise kaitaistruct.ValidationGreaterThanError(64, self.file_records, self._io, u"/types/index_head/seq/2")
-            self.reserved0 = self._io.read_bytes(4)
-            if not self.reserved0 == b"\x00\x00\x00\x00":
-                raise kaitaistruct.ValidationNotEqualError(b"\x00\x00\x00\x00", self.reserved0, self._io, u"/types/index_head/seq/3")
+            self.digest_bytes = self._io.read_u4le()
+            if not  ((self.digest_bytes == 8) or (self.digest_bytes == 32)) :
+                raise kaitaistruct.ValidationNotAnyOfError(self.digest_bytes, self._io, u"/types/index_head/seq/3")
             self.chunk_records = self._io.read_u8le()
             if not self.chunk_records <= self._root.footer.index_raw_bytes // 56:
                 raise kaitaistruct.ValidationGreaterThanError(self._root.footer.index_raw_bytes // 56, self.chunk_records, self._io, u"/types/index_head/seq/4")
@@ -1081,11 +1090,13 @@ class Nps(KaitaiStruct):
                 raise kaitaistruct.ValidationGreaterThanError(1048576, self.metadata_bytes, self._io, u"/types/index_head/seq/6")
             self.check_sizes = self._io.read_bytes(0)
             _ = self.check_sizes
-            if not (((((64 + 104 * self.base_records) + 128 * self.tensor_records) + 128 * self.file_records) + 56 * self.chunk_records) + self.heap_bytes) + self.metadata_bytes == self._root.footer.index_raw_bytes:
+            if not (((((128 + 104 * self.base_records) + 128 * self.tensor_records) + 128 * self.file_records) + 56 * self.chunk_records) + self.heap_bytes) + self.metadata_bytes == self._root.footer.index_raw_bytes:
                 raise kaitaistruct.ValidationExprError(self.check_sizes, self._io, u"/types/index_head/seq/7")
-            self.reserved1 = self._io.read_bytes(24)
-            if not self.reserved1 == b"\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00":
-                raise kaitaistruct.ValidationNotEqualError(b"\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00", self.reserved1, self._io, u"/types/index_head/seq/8")
+            self.base_root = self._io.read_bytes(32)
+            self.content_digest = self._io.read_bytes(32)
+            self.reserved = self._io.read_bytes(24)
+            if not self.reserved == b"\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00":
+                raise kaitaistruct.ValidationNotEqualError(b"\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00", self.reserved, self._io, u"/types/index_head/seq/10")
 
 
         def _fetch_instances(self):
@@ -1428,19 +1439,28 @@ class Nps(KaitaiStruct):
                 if not  ((self.dtype == self.base.dtype) and (self.rank == self.base.rank) and (self.shape.bytes == self.base.shape.bytes)) :
                     raise kaitaistruct.ValidationExprError(self.check_shape, self._io, u"/types/tensor_record/seq/10")
 
-            self.sha256 = self._io.read_bytes(32)
-            _ = self.sha256
-            if not  ((self.is_file) or (self.op != Nps.Op.copy) or (_ == b"\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00")) :
-                raise kaitaistruct.ValidationExprError(self.sha256, self._io, u"/types/tensor_record/seq/11")
+            self.digest = self._io.read_bytes(self._parent.head.digest_bytes)
+            _ = self.digest
+            if not  ((self.is_file) or (self.op != Nps.Op.copy) or (_ == b"\x00\x00\x00\x00\x00\x00\x00\x00") or (_ == b"\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00")) :
+                raise kaitaistruct.ValidationExprError(self.digest, self._io, u"/types/tensor_record/seq/11")
+            if self._parent.head.digest_bytes == 8:
+                pass
+                self.digest_rest = self._io.read_bytes(24)
+                if not self.digest_rest == b"\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00":
+                    raise kaitaistruct.ValidationNotEqualError(b"\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00", self.digest_rest, self._io, u"/types/tensor_record/seq/12")
+
             self.reserved2 = self._io.read_bytes(16)
             if not self.reserved2 == b"\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00":
-                raise kaitaistruct.ValidationNotEqualError(b"\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00", self.reserved2, self._io, u"/types/tensor_record/seq/12")
+                raise kaitaistruct.ValidationNotEqualError(b"\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00", self.reserved2, self._io, u"/types/tensor_record/seq/13")
 
 
         def _fetch_instances(self):
             pass
             self.shape._fetch_instances()
             if  (((not (self.is_file))) and (self.op != Nps.Op.new)) :
+                pass
+
+            if self._parent.head.digest_bytes == 8:
                 pass
 
 

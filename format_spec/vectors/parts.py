@@ -1,18 +1,19 @@
 """Building blocks of vectors: zstd frames, chunks, records, whole files, field by field.
 
-Written from SPEC.md with struct and hashlib alone. zstd frames are made block by block, so that the
+Written from SPEC.md with struct and BLAKE3 alone. zstd frames are made block by block, so that the
 bytes depend on no library's version. Every field can be set to what it should not be.
 """
 
 from __future__ import annotations
 
-import hashlib
 import random
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from blake3 import blake3
 
 MAGIC = b"\x89NPS\r\n\x1a\n"
 DTYPES = {  # name: code, width
@@ -28,8 +29,8 @@ EMPTY, FULL, BITMASK, GAP8, GAP16, DRAWN, PARAMETERS, CODED = 0, 1, 2, 3, 4, 7, 
 NO_BASE = 0xFFFFFFFF
 
 
-def sha(data: bytes) -> bytes:
-    return hashlib.sha256(data).digest()
+def digest_of(data: bytes) -> bytes:
+    return blake3(data).digest()
 
 
 def little(value: int, size: int) -> bytes:
@@ -122,7 +123,7 @@ class Chunk:
             self.planes_zstd,
             self.reserved,
             *(sizes + [0] * (8 - len(sizes))),
-            sha(self.data)[:8] if self.digest is None else self.digest,
+            digest_of(self.data)[:8] if self.digest is None else self.digest,
         )
 
 
@@ -197,17 +198,29 @@ def chunk_of(
 # -- files --------------------------------------------------------------------------------------
 
 
+def identity(name: bytes, dtype: int, shape: Sequence[int], digest: bytes) -> bytes:
+    """What sections 3.7 and 3.8 say of a tensor."""
+    dims = b"".join(little(dim, 8) for dim in shape)
+    return little(len(name), 2) + name + bytes([dtype, len(shape) % 256]) + dims + digest
+
+
 @dataclass
 class Base:
     name: bytes
     dtype: int
     shape: list[int]
     data: bytes
+    digest: bytes | None = None
     rank: int | None = None
     reserved: int = 0
     name_bytes: int | None = None
+    digest_field: bytes | None = None
 
-    def record(self) -> bytes:
+    def identity(self) -> bytes:
+        return identity(self.name, self.dtype, self.shape, self.digest or digest_of(self.data))
+
+    def record(self, digest_bytes: int) -> bytes:
+        field = (self.digest or digest_of(self.data))[:digest_bytes].ljust(32, b"\0")
         return struct.pack(
             "<HBBI8Q32s",
             len(self.name) if self.name_bytes is None else self.name_bytes,
@@ -215,7 +228,7 @@ class Base:
             min(len(self.shape), 255) if self.rank is None else self.rank,
             self.reserved,
             *(self.shape + [0] * (8 - len(self.shape))),
-            sha(self.data),
+            field if self.digest_field is None else self.digest_field,
         )
 
 
@@ -232,15 +245,23 @@ class Entry:
     base_index: int
     data: bytes
     chunks: list[Chunk] = field(default_factory=list)
-    sha256: bytes | None = None
+    digest: bytes | None = None  # whole
     rank: int | None = None
     reserved0: int = 0
     reserved1: int = 0
     reserved2: bytes = bytes(16)
     name_bytes: int | None = None
+    digest_field: bytes | None = None
 
-    def record(self, is_file: bool) -> bytes:
-        digest = bytes(32) if self.op == COPY and not is_file else sha(self.data)
+    def whole_digest(self) -> bytes:
+        return digest_of(self.data) if self.digest is None else self.digest
+
+    def identity(self) -> bytes:
+        return identity(self.name, self.dtype, self.shape, self.whole_digest())
+
+    def record(self, is_file: bool, digest_bytes: int) -> bytes:
+        copied = self.op == COPY and not is_file
+        field = bytes(32) if copied else self.whole_digest()[:digest_bytes].ljust(32, b"\0")
         return struct.pack(
             "<HBBBBBBII8Q32s16s",
             len(self.name) if self.name_bytes is None else self.name_bytes,
@@ -253,7 +274,7 @@ class Entry:
             self.base_index,
             self.reserved1,
             *(self.shape + [0] * (8 - len(self.shape))),
-            digest if self.sha256 is None else self.sha256,
+            field if self.digest_field is None else self.digest_field,
             self.reserved2,
         )
 
@@ -272,7 +293,8 @@ class File:
     missing: int = 0  # bytes of chunk data
     compress_index: bool = False
     index_frame: Callable[[bytes], bytes] | None = None
-    set_head: dict[str, int] = field(default_factory=dict)
+    digest_bytes: int = 32
+    set_head: dict[str, Any] = field(default_factory=dict)
     set_header: dict[str, Any] = field(default_factory=dict)
     set_footer: dict[str, Any] = field(default_factory=dict)
     after_index: bytes = b""
@@ -291,7 +313,7 @@ class File:
             "index_stored_bytes": len(stored),
             "index_raw_bytes": len(index),
             "file_bytes": 64 + len(data) + len(stored) + len(self.after_index) + 96,
-            "index_sha256": sha(stored),
+            "index_digest": digest_of(stored),
             "major": 1,
             "minor": self.set_header.get("minor", 0),
             "index_compression": int(self.compress_index),
@@ -300,7 +322,7 @@ class File:
             **self.set_footer,
         }
         order = ("index_offset", "index_stored_bytes", "index_raw_bytes", "file_bytes")
-        footer = struct.pack("<4Q", *(fields[name] for name in order)) + fields["index_sha256"]
+        footer = struct.pack("<4Q", *(fields[name] for name in order)) + fields["index_digest"]
         footer += struct.pack("<HHB", fields["major"], fields["minor"], fields["index_compression"])
         footer += fields["reserved"]
         footer += little(fields.get("crc32", zlib.crc32(footer)), 4) + fields["magic_reversed"]
@@ -321,6 +343,18 @@ class File:
         raw = struct.pack("<8sHHIQQ28s", *fields.values())
         return raw + little(zlib.crc32(raw) if crc is None else crc, 4)
 
+    def base_root(self) -> bytes:
+        return digest_of(b"".join(item.identity() for item in self.base))
+
+    def content_digest(self) -> bytes:
+        content = b"nps-content\n" + little(len(self.tensors), 4)
+        content += b"".join(item.identity() for item in self.tensors)
+        content += little(len(self.files), 4)
+        for item in self.files:
+            content += little(len(item.name), 2) + item.name + little((item.shape or [0])[0], 8)
+            content += item.whole_digest()
+        return digest_of(content)
+
     def index(self, chunks: list[Chunk]) -> bytes:
         names = b"".join(item.name for item in (*self.base, *self.tensors, *self.files))
         heap = names if self.heap is None else self.heap
@@ -331,18 +365,19 @@ class File:
             "base_records": len(self.base),
             "tensor_records": len(self.tensors),
             "file_records": len(self.files),
-            "reserved0": 0,
+            "digest_bytes": self.digest_bytes,
             "chunk_records": len(records) // 56,
             "heap_bytes": len(heap),
             "metadata_bytes": len(self.metadata),
-            "reserved1": 0,
+            "base_root": self.base_root(),
+            "content_digest": self.content_digest(),
+            "reserved": bytes(24),
             **self.set_head,
         }
-        reserved1 = head.pop("reserved1")
-        parts = [struct.pack("<4I3Q", *head.values()) + little(reserved1, 24)]
-        parts += [item.record() for item in self.base]
-        parts += [item.record(is_file=False) for item in self.tensors]
-        parts += [item.record(is_file=True) for item in self.files]
+        parts = [struct.pack("<4I3Q32s32s24s", *head.values())]
+        parts += [item.record(self.digest_bytes) for item in self.base]
+        parts += [item.record(False, self.digest_bytes) for item in self.tensors]
+        parts += [item.record(True, self.digest_bytes) for item in self.files]
         return b"".join((*parts, records, heap, self.metadata))
 
 

@@ -59,16 +59,16 @@ from parts import (
     chunk_of,
     copy,
     delta,
+    digest_of,
     frame,
     little,
     new,
     random_words,
-    sha,
     side_file,
     words_of,
 )
 from signs import NEVER, Parameters, Subspace, levels, parameter_chunk, parameters, signs, weights
-from valid import VALID, expanding, integers
+from valid import VALID, digests, expanding, integers
 
 
 def good() -> File:
@@ -146,7 +146,7 @@ reject("T-VERSION-minor", lambda f: f.set_footer.update(minor=1))
 reject("T-VERSION-major", lambda f: f.set_footer.update(major=2))
 reject("T-RESERVED-last", lambda f: f.set_footer.update(reserved=bytes(14) + b"\1"))
 reject_bytes("T-SIZE-two-files", lambda data: data + data)
-reject("T-SIZE-less", lambda f: f.set_footer.update(file_bytes=226))
+reject("T-SIZE-less", lambda f: f.set_footer.update(file_bytes=290))
 reject("T-SIZE-most", lambda f: f.set_footer.update(file_bytes=2**64 - 1))
 reject("T-INDEX-in-header", lambda f: f.set_footer.update(index_offset=56))
 reject("T-INDEX-past-end", lambda f: f.set_footer.update(index_offset=2**64 - 8))
@@ -155,7 +155,7 @@ reject("T-INDEX-gap-before-footer", lambda f: assign(f, after_index=bytes(8)))
 reject(
     "T-INDEX-wraps", lambda f: f.set_footer.update(index_offset=2**64 - 64, index_stored_bytes=64)
 )
-reject("T-INDEXSIZE-below-head", lambda f: f.set_footer.update(index_raw_bytes=63))
+reject("T-INDEXSIZE-below-head", lambda f: f.set_footer.update(index_raw_bytes=127))
 reject("T-INDEXSIZE-over-limit", lambda f: f.set_footer.update(index_raw_bytes=2**30 + 1))
 reject("T-INDEXSIZE-raw-differs", lambda f: f.set_footer.update(index_raw_bytes=2**20))
 reject(
@@ -164,7 +164,7 @@ reject(
 )
 reject(
     "T-INDEXSIZE-bomb",
-    lambda f: assign(f, compress_index=True, metadata=b'{"' + b"a" * 100_000 + b'":""}'),
+    lambda f: assign(f, compress_index=True, metadata=b'{"' + b"a" * 2_000_000 + b'":""}'),
 )
 for _what, _beyond, _rule in (
     ("ratio-by-one", 1, "T-INDEXSIZE"),
@@ -174,13 +174,13 @@ for _what, _beyond, _rule in (
         f"{_rule}-{_what}",
         lambda f, b=_beyond: (
             assign(f, compress_index=True, index_frame=lambda raw: b"\x55" * 100),
-            f.set_footer.update(index_raw_bytes=8 * 100 + 65536 + b),
+            f.set_footer.update(index_raw_bytes=8 * 100 + 2**20 + b),
         ),
     )
 reject("T-COMPRESSION-unknown", lambda f: f.set_footer.update(index_compression=2))
 
 # I: index
-reject("I-DIGEST-wrong", lambda f: f.set_footer.update(index_sha256=bytes(32)))
+reject("I-DIGEST-wrong", lambda f: f.set_footer.update(index_digest=bytes(32)))
 for _what, _frame in {
     "trailing-byte": lambda raw: frame(raw) + b"\0",
     "second-frame": lambda raw: frame(raw) + frame(b"x"),
@@ -208,9 +208,50 @@ reject("I-SIZE-chunk-records", lambda f: f.set_head.update(chunk_records=4))
 reject("I-SIZE-wraps", lambda f: f.set_head.update(chunk_records=2**61))
 reject("I-SIZE-heap", lambda f: f.set_head.update(heap_bytes=2**64 - 1))
 reject("I-SIZE-metadata", lambda f: f.set_head.update(metadata_bytes=10))
-reject("I-RESERVED-head", lambda f: f.set_head.update(reserved0=1))
-reject("I-RESERVED-head-last", lambda f: f.set_head.update(reserved1=1 << 191))
+reject("I-RESERVED-head", lambda f: f.set_head.update(reserved=b"\1" + bytes(23)))
+reject("I-RESERVED-head-last", lambda f: f.set_head.update(reserved=bytes(23) + b"\1"))
 reject("I-RESERVED-base-record", lambda f: assign(f.base[1], reserved=1))
+
+
+def short_digests() -> File:
+    return digests(8)
+
+
+for _bytes in (0, 1, 7, 9, 31, 33, 2**32 - 8):
+    reject(f"I-DIGESTS-of-{_bytes}-bytes", lambda f, n=_bytes: f.set_head.update(digest_bytes=n))
+for _what, _place in (("first", 8), ("last", 31)):
+    for _table in ("base", "tensors", "files"):
+        reject(
+            f"I-DIGESTS-{_what}-byte-past-a-short-one-of-{_table}",
+            lambda f, t=_table, p=_place: assign(
+                getattr(f, t)[0], digest_field=bytes(p) + b"\1" + bytes(31 - p)
+            ),
+            short_digests,
+        )
+reject("I-DIGESTS-whole-but-said-to-be-short", lambda f: f.set_head.update(digest_bytes=8))
+reject(
+    "I-DIGESTS-copy-has-a-long-one",
+    lambda f: assign(f.tensors[1], digest_field=bytes(16) + b"\1" * 16),
+    short_digests,
+)
+for _what, _root in (("base", "base_root"), ("content", "content_digest")):
+    reject(f"I-ROOT-{_what}-zero", lambda f, r=_root: f.set_head.update({r: bytes(32)}))
+    reject(
+        f"I-ROOT-{_what}-last-byte",
+        lambda f, r=_root: f.set_head.update(
+            {r: getattr(f, r)()[:31] + bytes([getattr(f, r)()[31] ^ 1])}
+        ),
+    )
+reject("I-ROOT-swapped", lambda f: f.set_head.update(base_root=f.content_digest()))
+reject("I-ROOT-of-no-tensors", lambda f: f.set_head.update(content_digest=File().content_digest()))
+reject(
+    "I-ROOT-short-but-said-to-be-whole", lambda f: f.set_head.update(digest_bytes=32), short_digests
+)
+for _what, _list in (("base-tensor", "base"), ("tensor", "tensors"), ("file", "files")):
+    reject(
+        f"I-ROOT-other-digest-of-a-{_what}",
+        lambda f, n=_list: assign(getattr(f, n)[0], digest_field=digest_of(b"another")),
+    )
 
 # N: names
 reject("N-HEAP-more", lambda f: assign(f, heap=b"ababcconfig.jsonvocab.txt!"))
@@ -284,7 +325,12 @@ reject("R-BASE-given-for-file", lambda f: assign(f.files[0], base_index=0))
 reject("R-SHAPE-transposed", lambda f: assign(f.base[0], shape=[25, 100]))
 reject("R-SHAPE-flattened", lambda f: assign(f.base[1], shape=[2500]))
 reject("R-SHAPE-dtype", lambda f: assign(f.base[0], dtype=13))
-reject("R-COPY-digest", lambda f: assign(f.tensors[1], sha256=sha(b"")))
+reject("R-COPY-digest", lambda f: assign(f.tensors[1], digest_field=digest_of(b"")))
+reject(
+    "R-COPY-short-digest",
+    lambda f: assign(f.tensors[1], digest_field=bytes(7) + b"\1" + bytes(24)),
+    short_digests,
+)
 for _what, _row, _codec in (
     ("none-for-delta", 0, NONE),
     ("unknown", 0, 5),
@@ -398,10 +444,25 @@ reject(
 )
 reject(
     "T-COMPRESSION-before-digest",
-    lambda f: f.set_footer.update(index_compression=2, index_sha256=bytes(32)),
+    lambda f: f.set_footer.update(index_compression=2, index_digest=bytes(32)),
 )
 reject("I-COUNT-before-size", lambda f: f.set_head.update(base_records=2**20 + 1, heap_bytes=2**60))
-reject("I-SIZE-before-reserved", lambda f: f.set_head.update(heap_bytes=0, reserved0=1))
+reject(
+    "I-RESERVED-before-digests",
+    lambda f: (assign(f.base[0], reserved=1), f.set_head.update(digest_bytes=9)),
+)
+reject(
+    "I-DIGESTS-before-names", lambda f: (assign(f, heap=b"a"), f.set_head.update(digest_bytes=9))
+)
+reject(
+    "R-CHUNKLOG-before-root",
+    lambda f: (assign(f.files[1], chunk_log2=1), f.set_head.update(base_root=bytes(32))),
+)
+reject(
+    "I-ROOT-before-count",
+    lambda f: (f.tensors[0].chunks.pop(), f.set_head.update(base_root=bytes(32))),
+)
+reject("I-SIZE-before-reserved", lambda f: f.set_head.update(heap_bytes=0, reserved=b"\1" * 24))
 reject("I-RESERVED-before-heap", lambda f: (assign(f.base[0], reserved=1), assign(f, heap=b"")))
 reject("N-HEAP-before-length", lambda f: assign(f.base[0], name_bytes=0))
 reject("N-CONTROL-before-order", lambda f: assign(f.base[0], name=b"z\x1b"))
@@ -424,8 +485,10 @@ reject("R-RESERVED-before-op", lambda f: assign(f.tensors[0], reserved0=1, op=9)
 reject("R-OP-before-base", lambda f: assign(f.tensors[0], op=9, base_index=9))
 reject("R-FILE-before-base", lambda f: assign(f.files[1], shape=[2**26 + 1], base_index=0))
 reject("R-BASE-before-shape", lambda f: assign(f.tensors[0], base_index=9, shape=[25, 100]))
-reject("R-SHAPE-before-copy", lambda f: assign(f.tensors[1], shape=[2500], sha256=sha(b"")))
-reject("R-COPY-before-values", lambda f: assign(f.tensors[1], sha256=sha(b""), codec=1))
+reject(
+    "R-SHAPE-before-copy", lambda f: assign(f.tensors[1], shape=[2500], digest_field=digest_of(b""))
+)
+reject("R-COPY-before-values", lambda f: assign(f.tensors[1], digest_field=digest_of(b""), codec=1))
 reject("R-VALUES-before-chunklog", lambda f: assign(f.tensors[0], codec=9, chunk_log2=9))
 reject(
     "R-CHUNKLOG-of-one-before-the-next",
@@ -491,7 +554,7 @@ reject("M-KEYS-escaped", lambda f: assign(f, metadata=b'{"a":"b","\\u0061":"c"}'
 # P and C-PADDING: what a chunk holds
 reject("C-PADDING-last-byte", lambda f: assign(f.tensors[0].chunks[0], padding=bytes(4) + b"\1"))
 first_chunk("P-DIGEST-wrong", digest=bytes(8))
-first_chunk("P-DIGEST-of-nothing", digest=sha(b"")[:8])
+first_chunk("P-DIGEST-of-nothing", digest=digest_of(b"")[:8])
 reject(
     "P-DIGEST-empty-chunk",
     lambda f: assign(f.tensors[0].chunks[0], digest=bytes(8)),
@@ -572,12 +635,53 @@ mask_stream_of("P-ESCAPE-gap8-alone", GAP8, 600, 1, b"\xff")
 mask_stream_of("P-ESCAPE-gap16", GAP16, 70_000, 1, b"\x00\xff\x00\xff")
 
 # D: digests of results
-reject("D-DIGEST-new", lambda f: assign(f.tensors[2], sha256=sha(b"")))
-reject("D-DIGEST-file", lambda f: assign(f.files[0], sha256=sha(b"")))
-reject("D-DIGEST-delta", lambda f: assign(f.tensors[0], sha256=sha(b"")))
+reject("D-DIGEST-new", lambda f: assign(f.tensors[2], digest=digest_of(b"")))
+reject("D-DIGEST-file", lambda f: assign(f.files[0], digest=digest_of(b"")))
+reject("D-DIGEST-delta", lambda f: assign(f.tensors[0], digest=digest_of(b"")))
+for _tensor, _what in ((0, "delta"), (3, "new")):
+    reject(
+        f"D-DIGEST-short-{_what}",
+        lambda f, t=_tensor: assign(f.tensors[t], digest=digest_of(b"")),
+        short_digests,
+    )
+    reject(
+        f"D-CONTENT-only-the-start-of-a-digest-of-{_what}",
+        lambda f, t=_tensor: assign(
+            f.tensors[t], digest=f.tensors[t].whole_digest()[:8] + bytes(24)
+        ),
+        short_digests,
+    )
+reject("D-DIGEST-short-file", lambda f: assign(f.files[0], digest=digest_of(b"")), short_digests)
+reject(
+    "D-DIGEST-before-content",
+    lambda f: (
+        assign(f.tensors[0], digest=digest_of(b"")),
+        f.set_head.update(content_digest=bytes(32)),
+    ),
+    short_digests,
+)
+reject(
+    "D-CONTENT-only-the-start-of-a-digest-of-file",
+    lambda f: assign(f.files[0], digest=f.files[0].whole_digest()[:8] + bytes(24)),
+    short_digests,
+)
+reject(
+    "D-CONTENT-copy", lambda f: assign(f.tensors[1], digest=digest_of(b"another")), short_digests
+)
+reject("D-CONTENT-zero", lambda f: f.set_head.update(content_digest=bytes(32)), short_digests)
+reject(
+    "D-CONTENT-of-no-tensors",
+    lambda f: f.set_head.update(content_digest=File().content_digest()),
+    short_digests,
+)
+reject(
+    "D-CONTENT-base-root",
+    lambda f: f.set_head.update(content_digest=f.base_root()),
+    short_digests,
+)
 reject(
     "D-DIGEST-empty-new",
-    lambda f: f.tensors.append(replace(new("z", "U8", [0], []), sha256=bytes(32))),
+    lambda f: f.tensors.append(replace(new("z", "U8", [0], []), digest=bytes(32))),
 )
 
 
@@ -991,7 +1095,7 @@ with_signs("D-DIGEST-signs", other_change(1, 1))
 with_signs("D-DIGEST-levels", other_change(0, 2))
 reject(
     "D-DIGEST-signs-of-nothing",
-    lambda f: assign(f.tensors[1], sha256=bytes(32)),
+    lambda f: assign(f.tensors[1], digest=bytes(32)),
     lambda: VALID["signs-and-levels-of-nothing"](),
 )
 
@@ -1646,8 +1750,7 @@ def _largest(nnz: int, bits: int) -> tuple[bytes, bytes]:
     return table(contexts) + word_bytes([1] * (8 + nnz)), bytes(-(-nnz * bits // 8))
 
 
-planes_as("P-TAIL-distances-largest", lambda *_: _largest(90, 30), 2)
-planes_as("P-CODE-distances-largest", lambda *_: (_largest(90, 30)[0], b""), 2)
+planes_as("P-CODE-distances-largest", lambda *_: _largest(90, 30), 2)
 for _tensor, _what in enumerate(("bf16", "f16", "f32")):
     planes_as(
         f"P-TAIL-distances-{_what}-low-bits-missing", lambda _, t, low: (t, low[:-1]), _tensor
@@ -1679,15 +1782,15 @@ planes_as(
     lambda _, tokens, low: (tokens[:-2], low + b"\0"),
 )
 planes_as(
-    "P-TAIL-distances-low-bits-missing-before-words-left",
+    "P-CODE-distances-words-left-before-low-bits-missing",
     lambda _, tokens, low: (tokens + b"\0\0", low[:-1]),
 )
 planes_as(
-    "P-TAIL-distances-byte-left-before-words-left",
+    "P-CODE-distances-words-left-before-byte-left",
     lambda _, tokens, low: (tokens + b"\0\0", low + b"\0"),
 )
 planes_as(
-    "P-TAIL-distances-no-low-bits-before-word-missing",
+    "P-CODE-distances-word-missing-before-no-low-bits",
     lambda _, tokens, low: (tokens[:-2], b""),
 )
 with_distances(
@@ -1702,7 +1805,7 @@ with_distances(
     "P-TABLE-before-popcount-of-the-next-chunk",
     lambda f: (
         assign(f.tensors[0].chunks[0], planes=[bytes(40), b""]),
-        assign(f.tensors[1], sha256=sha(b"")),
+        assign(f.tensors[1], digest=digest_of(b"")),
     ),
 )
 distances_chunk("P-DIGEST-distances", 0, digest=bytes(8))
@@ -1724,12 +1827,22 @@ distances_chunk("C-MASKSIZE-distances-before-stored", 0, mask_raw=129, sizes=[21
 # Digests of deltas can only be compared beside the base.
 BESIDE: dict[str, Callable[[], File]] = {
     "D-DIGEST-delta": good,
+    **{n: short_digests for n in REJECT if n.startswith(("D-CONTENT-", "D-DIGEST-short-"))},
+    "D-DIGEST-before-content": short_digests,
     "D-DIGEST-signs": good_signs,
     "D-DIGEST-levels": good_signs,
     "D-DIGEST-signs-of-nothing": lambda: VALID["signs-and-levels-of-nothing"](),
     "D-DIGEST-grid": good_grid,
     **dict.fromkeys(BESIDE_DISTANCES, good_distances),
 }
+
+
+def short_digest_of_the_base() -> File:
+    """What has a digest that begins as that of a base tensor, which the fine-tune does not have."""
+    file = short_digests()
+    file.base[2].digest = digest_of(file.base[2].data)[:8] + bytes(24)
+    return file
+
 
 # The right file beside another base: the file, and what is done to its base.
 WRONG_BASE: dict[str, tuple[Callable[[], File], Callable[[list[Base]], None]]] = {
@@ -1743,5 +1856,14 @@ WRONG_BASE: dict[str, tuple[Callable[[], File], Callable[[list[Base]], None]]] =
         good_distances,
         lambda base: assign(base[0], data=base[0].data[:-1] + b"\x5a"),
     ),
+    "value-of-short-digests": (
+        short_digests,
+        lambda base: assign(base[2], data=b"\xff" + base[2].data[1:]),
+    ),
+    "base-root-of-short-digests": (
+        lambda: replace(short_digests(), set_head={"base_root": bytes(32)}),
+        lambda base: None,
+    ),
+    "only-the-start-of-a-digest": (short_digest_of_the_base, lambda base: None),
     "no-distance-decodes": (good_distances, lambda base: assign(base[2], data=bytes(360))),
 }

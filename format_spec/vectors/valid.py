@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+
+from blake3 import blake3
 
 from distances import Context, Distances, coded_ulp, distances_of, exponent_of, moved
 from grids import GridParameters, grid, grid_parameters
@@ -360,7 +361,7 @@ def expanding(beyond: int) -> File:
     rest = 256 * sum(len(part.stored()) for part in [*parts, zeros(1 << 19)]) + beyond
     parts.append(zeros(rest))
     assert 256 * sum(len(part.stored()) for part in parts) + beyond == rest
-    numel, digest = (4 << 24) + rest, hashlib.sha256()
+    numel, digest = (4 << 24) + rest, blake3()
     for start in range(0, numel, 1 << 20):
         digest.update(bytes(min(1 << 20, numel - start)))
     entry = Entry(b"w", 2, [numel], NEW, REPLACE, 24, NO_BASE, b"", parts, digest.digest())
@@ -380,11 +381,11 @@ def metadata_of_1_mib() -> File:
 @valid
 def largest_file_of_the_base() -> File:
     """2^26 bytes that the base has: only their digest is here."""
-    digest = hashlib.sha256(b"")
+    digest = blake3(b"")
     for _ in range(64):
         digest.update(bytes(1 << 20))
     file = base_file("tokenizer.model", b"")
-    file.shape, file.sha256 = [2**26], digest.digest()
+    file.shape, file.digest = [2**26], digest.digest()
     return File(files=[file])
 
 
@@ -393,6 +394,48 @@ def compressed_index() -> File:
     bases = [base_tensor(f"layer.{i:03}", "BF16", [4], [i, 0, 0, 0]) for i in range(50)]
     tensors = [copy(f"layer.{i:03}", bases, i) for i in range(50)]
     return File(base=bases, tensors=tensors, compress_index=True)
+
+
+def digests(digest_bytes: int) -> File:
+    """Every op, of tensors and files, in an index with whole digests or with short ones."""
+    words = random_words("digests", 30, 2)
+    bases = [base_tensor(name, "BF16", [30], [*words[1:], i]) for i, name in enumerate("abc")]
+    tensors = [
+        delta("a", bases, 0, {3: 1}, codec=ULP),
+        copy("b", bases, 1),
+        copy("d", bases, 1),
+        new("e", "F32", [2], [1, 2]),
+    ]
+    files = [side_file("config.json", b"{}")]
+    return File(base=bases, tensors=tensors, files=files, digest_bytes=digest_bytes)
+
+
+@valid
+def digests_whole() -> File:
+    return digests(32)
+
+
+@valid
+def digests_short() -> File:
+    return digests(8)
+
+
+@valid
+def digests_short_of_nothing() -> File:
+    return File(digest_bytes=8)
+
+
+@valid
+def digests_short_with_files_of_the_base() -> File:
+    """Whose whole digests nobody can tell who does not have them."""
+    return File(files=[side_file("a.txt", b"a"), base_file("vocab.json", b"{}")], digest_bytes=8)
+
+
+@valid
+def digests_short_and_index_compressed() -> File:
+    bases = [base_tensor(f"layer.{i:03}", "BF16", [4], [i, 0, 0, 0]) for i in range(50)]
+    tensors = [copy(f"layer.{i:03}", bases, i) for i in range(50)]
+    return File(base=bases, tensors=tensors, compress_index=True, digest_bytes=8)
 
 
 @valid

@@ -85,9 +85,6 @@ def parse_index(index: bytes, index_offset: int) -> Index:
         _fail("I-SIZE", f"tables of {sum(sizes)} bytes in an index of {len(index)}")
     if any(head["reserved"].tobytes()):
         _fail("I-RESERVED", "reserved bytes of the index head are not zero")
-    digest_bytes = int(head["digest_bytes"])
-    if digest_bytes not in (layout.DIGEST_BYTES, layout.SHORT_DIGEST_BYTES):
-        _fail("I-DIGESTS", f"digests of {digest_bytes} bytes")
     starts = np.cumsum((0, *sizes)).tolist()
 
     def table(number: int, dtype: np.dtype[Any], count: int) -> npt.NDArray[np.void]:
@@ -102,6 +99,9 @@ def parse_index(index: bytes, index_offset: int) -> Index:
     if base["reserved"].any():
         _fail("I-RESERVED", "reserved bytes of a base record are not zero")
 
+    digest_bytes = int(head["digest_bytes"])
+    if digest_bytes not in (layout.DIGEST_BYTES, layout.SHORT_DIGEST_BYTES):
+        _fail("I-DIGESTS", f"digests of {digest_bytes} bytes")
     records = (base, tensors, files)
     if any(table["digest"][:, digest_bytes:].any() for table in records):
         _fail("I-DIGESTS", f"a digest is longer than the {digest_bytes} bytes that it may have")
@@ -113,18 +113,15 @@ def parse_index(index: bytes, index_offset: int) -> Index:
             names[0], _dtypes_and_shapes(base), _digests(base, digest_bytes), strict=True
         )
     )
-    entries = (
-        *_check_tensors(tensors, names[1], base_tensors, digest_bytes),
-        *_check_files(files, names[2], digest_bytes),
-    )
-    entries = _place(entries, len(chunks))
-    own, side_files = entries[: len(tensors)], entries[len(tensors) :]
+    own = _check_tensors(tensors, names[1], base_tensors, digest_bytes)
+    side_files = _check_files(files, names[2], digest_bytes)
     root, content = head["base_root"].tobytes(), head["content_digest"].tobytes()
     if digest_bytes == layout.DIGEST_BYTES:
         if base_root(base_tensors) != root:
             _fail("I-ROOT", "the digests of the base's tensors don't make up the base root")
         if content_digest(own, side_files) != content:
             _fail("I-ROOT", "the digests of the tensors don't make up the content digest")
+    entries = _place((*own, *side_files), len(chunks))
     raw_bytes = _check_chunks(entries, chunks)
     stored = layout.stored_chunk_bytes(chunks)
     alignment = layout.CHUNK_ALIGNMENT
@@ -136,8 +133,8 @@ def parse_index(index: bytes, index_offset: int) -> Index:
         _fail("C-EXPANSION", f"{end - layout.HEADER_BYTES} bytes of chunks hold {raw_bytes}")
     return Index(
         base_tensors,
-        own,
-        side_files,
+        entries[: len(tensors)],
+        entries[len(tensors) :],
         _parse_metadata(index[starts[6] :]),
         chunks,
         stored,

@@ -29,8 +29,8 @@ MAX_FILES, MAX_FILE_BYTES = 64, 2**26
 # A zstd block of 128 KiB takes at least 4 bytes.
 MAX_ZSTD_RATIO = 2**15
 RESERVED_NAME = "__metadata__"  # safetensors keeps its own metadata under this name
-# Digests do not compress, so an honest index shrinks less than this; a bomb would shrink more.
-MAX_INDEX_RATIO, INDEX_RATIO_SLACK = 8, 2**16
+# Digests do not compress, so a large honest index shrinks less than this; a bomb would shrink more.
+MAX_INDEX_RATIO, INDEX_RATIO_SLACK = 8, 2**20
 # Bounds the work and memory of decoding by the size of the file.
 MAX_EXPANSION, EXPANSION_SLACK = 256, 2**26
 NO_BASE = 0xFFFFFFFF

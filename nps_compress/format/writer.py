@@ -118,11 +118,12 @@ class NpsWriter:
         raw = self._index(base, metadata, short)
         if len(raw) > layout.MAX_INDEX_BYTES:
             raise InvalidArgumentError("index", f"{len(raw):,} bytes", "at most 1 GiB")
-        stored, compressed = raw, False
-        if len(raw) > _SMALL_INDEX_BYTES:
-            stored, compressed = compress_if_smaller(raw, level=19)
-        if len(raw) > layout.MAX_INDEX_RATIO * len(stored) + layout.INDEX_RATIO_SLACK:
-            stored, compressed = raw, False
+        stored, compressed = _compressed(raw)
+        if short and not compressed:  # it may have shrunk too far: whole digests shrink less
+            whole = self._index(base, metadata, short=False)
+            smaller, compressed = _compressed(whole)
+            if compressed:
+                raw, stored = whole, smaller
         footer = np.zeros((), layout.FOOTER)
         footer["index_offset"] = self._offset
         footer["index_stored_bytes"] = len(stored)
@@ -169,6 +170,16 @@ class NpsWriter:
                 meta,
             )
         )
+
+
+def _compressed(index: bytes) -> tuple[bytes, bool]:
+    """An index as it is stored, and whether that is as a frame."""
+    if len(index) <= _SMALL_INDEX_BYTES:
+        return index, False
+    stored, compressed = compress_if_smaller(index, level=19)
+    if len(index) > layout.MAX_INDEX_RATIO * len(stored) + layout.INDEX_RATIO_SLACK:
+        return index, False
+    return stored, compressed
 
 
 def _check_order(records: Sequence[BaseTensor | TensorEntry]) -> None:

@@ -62,7 +62,7 @@ def unpack_corpus(target: str) -> Path:
         (folder / f"seed-{number}").write_bytes(seed)
     if target == "reader":
         for path in VECTORS.rglob("*.nps"):
-            for flags in (0, 15):
+            for flags in (0, 15, 31):
                 if path.stat().st_size < MAX_LENGTH:
                     (folder / f"{path.stem}-{flags}").write_bytes(
                         bytes([flags]) + path.read_bytes()

@@ -7,7 +7,6 @@ opinion under the same rule.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import struct
 import zlib
@@ -17,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import zstandard
+from blake3 import blake3
 
 import minimal_reader
 from nps_compress import codecs, entropy_coding, grid_codec, sign_codec, ulp_coding
@@ -397,21 +397,22 @@ def repaired(data: bytes, flags: int) -> bytes:
     """The file with its checksums made right again, so that the checks behind them are reached.
 
     Bit 0 of flags: CRCs, sizes and digest of the index; bit 1: sizes of heap and metadata; bit 2:
-    digests of chunks; bit 3: where the index starts. What makes no sense is left as it is.
+    digests of chunks; bit 3: where the index starts; bit 4: digests of records are short, so that
+    the roots need not fit them. What makes no sense is left as it is.
     """
     if len(data) < 160 or not flags & 1:
         return data
     header, body, footer = data[:64], data[64:-96], bytearray(data[-96:])
     start = min(max(int.from_bytes(footer[:8], "little") - 64, 0), len(body))
     chunks, index = body[:start], bytearray(body[start:])
-    if footer[68] == 0 and len(index) >= 64:
+    if footer[68] == 0 and len(index) >= 128:
         index, used = _repaired_index(index, chunks, flags)
         if flags & 8 and used <= 1 << 16:
             chunks = chunks[:used].ljust(used, b"\0")
     raw = int.from_bytes(footer[16:24], "little") if footer[68] else len(index)
     size = 64 + len(chunks) + len(index) + 96
     footer[:32] = struct.pack("<4Q", 64 + len(chunks), len(index), raw, size)
-    footer[32:64] = hashlib.sha256(index).digest()
+    footer[32:64] = blake3(index).digest()
     footer[84:88] = zlib.crc32(footer[:84]).to_bytes(4, "little")
     header = header[:60] + zlib.crc32(header[:60]).to_bytes(4, "little")
     return header + chunks + bytes(index) + bytes(footer)
@@ -419,14 +420,18 @@ def repaired(data: bytes, flags: int) -> bytes:
 
 def _repaired_index(index: bytearray, chunks: bytes, flags: int) -> tuple[bytearray, int]:
     base, tensors, files, _, records, _, _ = struct.unpack_from("<4I3Q", index)
-    place = 64 + 104 * base + 128 * (tensors + files)
+    place = 128 + 104 * base + 128 * (tensors + files)
     heap_start = place + 56 * records
     if heap_start > len(index):
         return index, len(chunks)
+    rows = [(128 + 104 * i, 72) for i in range(base)]
+    rows += [(128 + 104 * base + 128 * i, 80) for i in range(tensors + files)]
+    if flags & 16:
+        struct.pack_into("<I", index, 12, 8)
+        for row, digest_at in rows:
+            index[row + digest_at + 8 : row + digest_at + 32] = bytes(24)
     if flags & 2:
-        rows = [64 + 104 * i for i in range(base)]
-        rows += [64 + 104 * base + 128 * i for i in range(tensors + files)]
-        heap = sum(int.from_bytes(index[row : row + 2], "little") for row in rows)
+        heap = sum(int.from_bytes(index[row : row + 2], "little") for row, _ in rows)
         heap = min(heap, len(index) - heap_start)
         struct.pack_into("<QQ", index, 24, heap, len(index) - heap_start - heap)
     offset = 0
@@ -437,8 +442,7 @@ def _repaired_index(index: bytearray, chunks: bytes, flags: int) -> tuple[bytear
         )
         size = mask + sum(planes)
         if flags & 4 and offset + size <= len(chunks):
-            digest = hashlib.sha256(chunks[offset : offset + size]).digest()[:8]
-            index[row + 48 : row + 56] = digest
+            index[row + 48 : row + 56] = blake3(chunks[offset : offset + size]).digest(8)
         offset += -(-size // 8) * 8
     return index, offset
 
