@@ -12,7 +12,13 @@ from typing import BinaryIO
 
 import numpy as np
 
-from nps_compress.codecs import EncodedChunk, MaskCodec, ValueCodec, compress_if_smaller
+from nps_compress.codecs import (
+    EncodedChunk,
+    MaskCodec,
+    ValueCodec,
+    compress,
+    compress_if_smaller,
+)
 from nps_compress.dtypes import BY_NAME
 from nps_compress.errors import InvalidArgumentError
 from nps_compress.format import layout
@@ -106,23 +112,9 @@ class NpsWriter:
         raw = self._index(base, metadata)
         if len(raw) > layout.MAX_INDEX_BYTES:
             raise InvalidArgumentError("index", f"{len(raw):,} bytes", "at most 1 GiB")
-        stored, compressed = raw, False
-        if len(raw) > _SMALL_INDEX_BYTES:
-            stored, compressed = compress_if_smaller(raw, level=19)
-        if len(raw) > layout.MAX_INDEX_RATIO * len(stored) + layout.INDEX_RATIO_SLACK:
-            stored, compressed = raw, False
-        footer = np.zeros((), layout.FOOTER)
-        footer["index_offset"] = self._offset
-        footer["index_stored_bytes"] = len(stored)
-        footer["index_raw_bytes"] = len(raw)
-        footer["file_bytes"] = self._offset + len(stored) + layout.FOOTER_BYTES
-        footer["index_sha256"] = np.void(hashlib.sha256(stored).digest())
-        footer["major"], footer["minor"] = layout.MAJOR, layout.MINOR
-        footer["index_compression"] = IndexCompression.ZSTD if compressed else IndexCompression.RAW
-        footer["crc32"] = zlib.crc32(footer.tobytes()[:-12])
-        footer["magic_reversed"] = np.void(layout.MAGIC_REVERSED)
-        self._stream.write(stored + footer.tobytes())
-        return int(footer["file_bytes"])
+        end = index_and_footer(raw, self._offset)
+        self._stream.write(end)
+        return self._offset + len(end)
 
     def _index(self, base: Sequence[BaseTensor], metadata: Mapping[str, str]) -> bytes:
         names = [
@@ -152,6 +144,45 @@ class NpsWriter:
                 meta,
             )
         )
+
+
+def index_and_footer(
+    raw: bytes, index_offset: int, dictionary: bytes = b"", minor: int = layout.MINOR
+) -> bytes:
+    """What follows the chunk data: the index as it is stored, and the footer.
+
+    raw: the index. dictionary: the raw index that a reader will have; none where empty. It is left
+    out where it does not help, so that nobody needs it.
+    """
+    how, stored = _stored_index(raw, dictionary)
+    footer = np.zeros((), layout.FOOTER)
+    footer["index_offset"] = index_offset
+    footer["index_stored_bytes"] = len(stored)
+    footer["index_raw_bytes"] = len(raw)
+    footer["file_bytes"] = index_offset + len(stored) + layout.FOOTER_BYTES
+    footer["major"], footer["minor"] = layout.MAJOR, minor
+    footer["index_compression"] = how
+    if how is IndexCompression.ZSTD_DICTIONARY:
+        footer["dictionary_bytes"] = len(dictionary)
+        footer["dictionary_sha256_64"] = np.void(layout.sha256_64(dictionary))
+    else:
+        dictionary = b""
+    footer["index_sha256"] = np.void(layout.index_digest(stored, dictionary))
+    footer["crc32"] = zlib.crc32(footer.tobytes()[:-12])
+    footer["magic_reversed"] = np.void(layout.MAGIC_REVERSED)
+    return stored + footer.tobytes()
+
+
+def _stored_index(raw: bytes, dictionary: bytes) -> tuple[IndexCompression, bytes]:
+    if len(raw) > _SMALL_INDEX_BYTES:
+        if dictionary:
+            frame = compress(raw, 19, dictionary)
+            if len(frame) < len(raw) <= layout.max_index_bytes(len(frame), len(dictionary)):
+                return IndexCompression.ZSTD_DICTIONARY, frame
+        frame = compress(raw, 19)
+        if len(frame) < len(raw) <= layout.max_index_bytes(len(frame), 0):
+            return IndexCompression.ZSTD, frame
+    return IndexCompression.RAW, raw
 
 
 def _check_order(records: Sequence[BaseTensor | TensorEntry]) -> None:
