@@ -10,10 +10,12 @@ from typing import Any
 
 from kaitaistruct import KaitaiStructError
 
+import nps_zstd
 from nps import Nps
 
 # Rules of section 8 that the parser enforces: it refuses every file whose first broken rule is one
-# of these. Not H-CRC, T-CRC, I-DIGEST, P-DIGEST, D-DIGEST (it computes no checksums), M-JSON (it
+# of these. Not H-CRC, T-CRC, I-DIGEST, P-DIGEST, D-DIGEST (it computes no checksums), T-DICTIONARY
+# (so a dictionary may have been damaged; it finds where there is none of this digest), M-JSON (it
 # asks for UTF-8 that begins with a brace, no more), M-KEYS, and what only a decoded stream shows,
 # but for parameters and the contexts of distances, which it reads.
 _RULES = """
@@ -67,12 +69,26 @@ def _chunk(chunk: Any) -> dict[str, Any]:
     }
 
 
+def _dictionaries(path: Path) -> list[bytes]:
+    """The raw index of base.nps, if there is one that needs no dictionary itself."""
+    if not path.is_file():
+        return []
+    try:
+        file = Nps.from_bytes(path.read_bytes())
+    except (KaitaiStructError, EOFError, ValueError):
+        return []
+    is_raw = int(file.footer.index_compression) == 0
+    return [file._raw__m_index_raw if is_raw else file._raw__m_index_zstd]
+
+
 def structure(path: str | Path) -> dict[str, Any]:
     """What the file consists of, as plain values; StructureError where the parser refuses it.
 
     "chunks" are those of all tensors, then of all files, in the order of their records.
     """
     stored = Path(path).read_bytes()
+    nps_zstd.DICTIONARIES.clear()
+    nps_zstd.DICTIONARIES.extend(_dictionaries(Path(path).with_name("base.nps")))
     try:
         file = Nps.from_bytes(stored)
     except (KaitaiStructError, EOFError, ValueError) as error:  # ValueError: UTF-8, zstd, seek
@@ -93,6 +109,8 @@ def structure(path: str | Path) -> dict[str, Any]:
             "index_stored_bytes": footer.index_stored_bytes,
             "index_raw_bytes": footer.index_raw_bytes,
             "index_compression": int(footer.index_compression),
+            "dictionary_bytes": footer.dictionary_bytes,
+            "dictionary_sha256_64": footer.dictionary_sha256_64.hex(),
             "index_sha256": footer.index_sha256.hex(),
             "crc32": footer.crc32,
         },

@@ -271,6 +271,7 @@ class File:
     after_chunks: bytes = b""
     missing: int = 0  # bytes of chunk data
     compress_index: bool = False
+    dictionary: bytes = b""  # a raw index, to be used where the index is compressed
     index_frame: Callable[[bytes], bytes] | None = None
     set_head: dict[str, int] = field(default_factory=dict)
     set_header: dict[str, Any] = field(default_factory=dict)
@@ -291,18 +292,21 @@ class File:
             "index_stored_bytes": len(stored),
             "index_raw_bytes": len(index),
             "file_bytes": 64 + len(data) + len(stored) + len(self.after_index) + 96,
-            "index_sha256": sha(stored),
+            "index_sha256": sha(stored + (sha(self.dictionary) if self.dictionary else b"")),
             "major": 1,
             "minor": self.set_header.get("minor", 0),
-            "index_compression": int(self.compress_index),
-            "reserved": bytes(15),
+            "index_compression": 2 if self.dictionary else int(self.compress_index),
+            "reserved": bytes(3),
+            "dictionary_bytes": len(self.dictionary),
+            "dictionary_sha256_64": sha(self.dictionary)[:8] if self.dictionary else bytes(8),
             "magic_reversed": MAGIC[::-1],
             **self.set_footer,
         }
         order = ("index_offset", "index_stored_bytes", "index_raw_bytes", "file_bytes")
         footer = struct.pack("<4Q", *(fields[name] for name in order)) + fields["index_sha256"]
         footer += struct.pack("<HHB", fields["major"], fields["minor"], fields["index_compression"])
-        footer += fields["reserved"]
+        footer += fields["reserved"] + little(fields["dictionary_bytes"], 4)
+        footer += fields["dictionary_sha256_64"]
         footer += little(fields.get("crc32", zlib.crc32(footer)), 4) + fields["magic_reversed"]
         return self.header() + data + stored + self.after_index + footer
 
@@ -320,6 +324,9 @@ class File:
         crc = fields.pop("crc32", None)
         raw = struct.pack("<8sHHIQQ28s", *fields.values())
         return raw + little(zlib.crc32(raw) if crc is None else crc, 4)
+
+    def raw_index(self) -> bytes:
+        return self.index([chunk for entry in self.tensors + self.files for chunk in entry.chunks])
 
     def index(self, chunks: list[Chunk]) -> bytes:
         names = b"".join(item.name for item in (*self.base, *self.tensors, *self.files))
