@@ -131,7 +131,7 @@ def extract(folder: str | Path, name: str, out: str | Path, *, force: bool = Fal
     """Write a task of a bundle as a file that needs no other.
 
     Raises:
-        InvalidArgumentError: there is no such task. FormatError: a file breaks a rule.
+        InvalidArgumentError: there is no such bundle or task. FormatError: a file breaks a rule.
         OutputExistsError, WriteError.
     """
     path = _find(folder, name)
@@ -144,7 +144,7 @@ def remove(folder: str | Path, name: str) -> None:
     """Delete a task's file from a bundle.
 
     Raises:
-        InvalidArgumentError: there is no such task. WriteError.
+        InvalidArgumentError: there is no such bundle or task. WriteError.
     """
     path = _find(folder, name)
     with os_errors_as_write_errors(path):
@@ -158,9 +158,7 @@ def inspect(folder: str | Path) -> Bundle:
         InvalidArgumentError: this is no bundle, or a file can't be read.
         FormatError: a file breaks a rule. BaseMismatchError: a task is of another base.
     """
-    folder = Path(folder)
-    base = folder / DICTIONARY_FILE
-    base_name = "unnamed base"
+    folder, base, base_name = Path(folder), _base_of(folder), "unnamed base"
     with open_task(base) as identity:
         root, base_bytes = identity.reader.base_root, identity.reader.file_bytes
     tasks = []
@@ -212,7 +210,15 @@ def _names(folder: Path) -> list[str]:
     return sorted(name for name in found if _is_name(name))
 
 
+def _base_of(folder: str | Path) -> Path:
+    path = Path(folder) / DICTIONARY_FILE
+    if not path.is_file():
+        raise InvalidArgumentError("bundle", str(folder), f"a folder with {DICTIONARY_FILE}")
+    return path
+
+
 def _find(folder: str | Path, name: str) -> Path:
+    _base_of(folder)
     _check_name(name)
     path = Path(folder) / f"{name}{SUFFIX}"
     if not path.is_file():
