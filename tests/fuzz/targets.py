@@ -547,7 +547,8 @@ def _rebuild(path: Path, data: bytes) -> None:
 
 @functools.cache
 def _folder() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory()
+    shared = Path("/dev/shm")  # files in memory, where there are any
+    return tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None)
 
 
 def members(data: bytes) -> None:
