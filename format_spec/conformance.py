@@ -71,7 +71,7 @@ def by_package(path: Path, base: Path | None) -> str | dict[str, Any]:
 def by_minimal_reader(path: Path, base: Path | None) -> str | dict[str, Any]:
     """What minimal_reader.py makes of the same file."""
     try:
-        nps = minimal_reader.Nps(path.read_bytes())
+        nps = minimal_reader.open_nps(path)
         nps.verify()
         tensors = nps.rebuild(minimal_reader.read_safetensors(base) if base else {})
         stored = [file.name for file in nps.files if file.op == minimal_reader.NEW]

@@ -19,7 +19,7 @@ from blake3 import blake3
 
 MAGIC = bytes.fromhex("894e50530d0a1a0a")
 HEADER = struct.Struct("<8sHH4sQQ28sI")
-FOOTER = struct.Struct("<QQQQ32sHHB15sI8s")
+FOOTER = struct.Struct("<QQQQ32sHHB3sI8sI8s")
 HEAD = struct.Struct("<IIIIQQQ32s32s24s")
 BASE = struct.Struct("<HBB4s8Q32s")
 TENSOR = struct.Struct("<HBBBBBBI4s8Q32s16s")
@@ -78,14 +78,18 @@ def check(good: bool, rule: str, detail: str) -> None:
         raise Refused(rule, detail)
 
 
-def inflate(frame: memoryview, size: int, rule: str, what: str) -> bytes:
+def inflate(
+    frame: memoryview, size: int, rule: str, what: str, dictionary: bytes | memoryview = b""
+) -> bytes:
     """Section 7. Everything that the frame states is checked before it is decompressed."""
     try:
         stated = zstandard.get_frame_parameters(frame)
         good = frame[:4] == b"\x28\xb5\x2f\xfd" and stated.content_size == size  # not skippable
         good &= stated.window_size <= 1 << 23 and not (stated.dict_id or stated.has_checksum)
         check(good, rule, f"{what}: not the frame of section 7")
-        raw = zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
+        how = zstandard.DICT_TYPE_RAWCONTENT
+        before = zstandard.ZstdCompressionDict(dictionary, how) if dictionary else None
+        raw = zstandard.ZstdDecompressor(before).decompress(frame, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise Refused(rule, f"{what}: {error}") from None
     check(len(raw) == size, rule, f"{what}: another size than stated")
@@ -462,11 +466,15 @@ def describe(records: list[Record], digests: list[bytes], is_file: bool = False)
 
 
 class Nps:
-    """A parsed file. Everything that header, footer and index show has been checked."""
+    """A parsed file. Everything that header, footer and index show has been checked.
 
-    def __init__(self, data: bytes) -> None:
+    base_nps: the file of this name in the same folder, of which a member of a bundle has need.
+    """
+
+    def __init__(self, data: bytes, base_nps: bytes = b"") -> None:
         self._data = memoryview(data)
-        index, index_offset = self._open()
+        index, index_offset = self._open(base_nps)
+        self.index = index
         bases, tensors, files, size, chunks, heap, metadata, *roots, zeros = HEAD.unpack_from(index)
         self.base_root, self.content_digest = roots
         check(max(bases, tensors) <= 1 << 20 and files <= 64, "I-COUNT", "too many records")
@@ -503,7 +511,7 @@ class Nps:
         found += describe(self.tensors, tensors) + struct.pack("<I", len(files))
         return blake3(found + describe(self.files, files, is_file=True)).digest()
 
-    def _open(self) -> tuple[memoryview, int]:
+    def _open(self, base_nps: bytes) -> tuple[memoryview, int]:
         """F, H and T rules, I-DIGEST and I-ZSTD; the index and where it starts."""
         data, size = self._data, len(self._data)
         check(size >= 160, "F-SIZE", f"{size} bytes")
@@ -514,20 +522,34 @@ class Nps:
         check(required == 0, "H-FEATURE", f"required features {required:#x}")
         check(not any(zeros + zeros1), "H-RESERVED", "reserved bytes of the header")
         footer = FOOTER.unpack_from(data, size - 96)
-        offset, stored, raw, stated, digest, *versions, how, zeros, crc, magic = footer
+        offset, stored, raw, stated, digest, *versions, how, zeros, more, known, crc, magic = footer
         check(magic == MAGIC[::-1], "T-MAGIC", "no footer: is the file cut short?")
         check(crc == zlib.crc32(data[size - 96 : size - 12]), "T-CRC", "the footer is damaged")
         check(versions == version, "T-VERSION", "header and footer state different versions")
-        check(not any(zeros), "T-RESERVED", "reserved bytes of the footer")
+        good = not any(zeros) and (how == 2 or not (more or any(known)))
+        check(good, "T-RESERVED", "reserved bytes of the footer")
         check(stated == size, "T-SIZE", f"{stated} bytes stated, {size} found")
         good = 64 <= offset == size - 96 - stored and offset % 8 == 0
         check(good, "T-INDEX", f"an index of {stored} bytes at {offset}")
-        good = (raw == stored) if how == 0 else how > 1 or stored < raw <= 8 * stored + (1 << 20)
+        good = (
+            raw == stored if how == 0 else how > 2 or stored < raw <= 8 * stored + (1 << 20) + more
+        )
         check(good and 128 <= raw <= 1 << 30, "T-INDEXSIZE", f"{raw} bytes stored in {stored}")
-        check(how <= 1, "T-COMPRESSION", f"index_compression {how}")
+        check(how <= 2, "T-COMPRESSION", f"index_compression {how}")
+        dictionary, whole = memoryview(b""), b""
+        if how == 2:
+            what = f"needs base.nps with an index of {more} bytes, BLAKE3 {known.hex()}..."
+            try:
+                dictionary = Nps(base_nps).index
+            except Refused as refusal:
+                raise Refused("T-DICTIONARY", f"{what}: {refusal}") from None
+            whole = blake3(dictionary).digest()
+            check((len(dictionary), whole[:8]) == (more, known), "T-DICTIONARY", what)
         index = data[offset : offset + stored]
-        check(blake3(index).digest() == digest, "I-DIGEST", "the index is damaged")
-        return memoryview(inflate(index, raw, "I-ZSTD", "index")) if how else index, offset
+        check(blake3(bytes(index) + whole).digest() == digest, "I-DIGEST", "the index is damaged")
+        if how:
+            index = memoryview(inflate(index, raw, "I-ZSTD", "index", dictionary))
+        return index, offset
 
     def _chunks(
         self, record: Record, words: np.ndarray | None = None
@@ -625,6 +647,12 @@ class Nps:
         return self._content({f.name: f for f in self.files if f.op == NEW}[name], b"")
 
 
+def open_nps(path: str | Path) -> Nps:
+    """A file, with base.nps beside it, if there is one."""
+    beside = Path(path).with_name("base.nps")
+    return Nps(Path(path).read_bytes(), beside.read_bytes() if beside.is_file() else b"")
+
+
 def read_safetensors(path: str | Path) -> BaseDict:
     data = memoryview(Path(path).read_bytes())
     start = 8 + int.from_bytes(data[:8], "little")
@@ -653,7 +681,7 @@ def write_safetensors(path: str | Path, tensors: BaseDict) -> None:
 def main(command: str = "", path: str = "", *others: str) -> None:
     if (command, len(others)) not in (("list", 0), ("verify", 0), ("verify", 1), ("rebuild", 2)):
         raise ValueError("usage: list FILE | verify FILE [BASE] | rebuild FILE BASE OUT")
-    nps = Nps(Path(path).read_bytes())
+    nps = open_nps(path)
     if command == "list":
         print(nps.base_root.hex(), nps.content_digest.hex(), ascii(nps.metadata), sep="\n")
         for name, dtype, shape, _, op, codec, *_ in nps.tensors + nps.files:

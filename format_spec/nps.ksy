@@ -1,9 +1,10 @@
 # What a parser generated from this file checks is marked with the rule of section 8 of
 # format_spec/SPEC.md. What it cannot check: CRC-32s and digests (H-CRC, T-CRC, I-DIGEST, I-ROOT,
-# P-DIGEST, D-DIGEST, D-CONTENT), the JSON of the metadata (M-JSON, M-KEYS), and the chunks' streams,
-# which stay as they are stored (P-ZSTD, P-GAP, P-CODE, P-POPCOUNT, P-TAIL, P-ESCAPE); parameters and
-# the contexts of distances alone are read. A generated parser stops at a broken rule, not
-# necessarily at the first one in the order of section 8.
+# P-DIGEST, D-DIGEST, D-CONTENT), all of a dictionary but what it is used for (T-DICTIONARY), the
+# JSON of the metadata (M-JSON, M-KEYS), and the chunks' streams, which stay as they are stored
+# (P-ZSTD, P-GAP, P-CODE, P-POPCOUNT, P-TAIL, P-ESCAPE); parameters and the contexts of distances
+# alone are read. A generated parser stops at a broken rule, not necessarily at the first one in the
+# order of section 8.
 #
 # Fields of `size: 0` are checks: they read nothing. `seq` of `nps` reads everything, so that a
 # parser that has returned has checked everything.
@@ -44,14 +45,17 @@ instances:
   index_zstd:
     pos: footer.index_offset
     size: footer.index_stored_bytes
-    process: nps_zstd(footer.index_raw_bytes)  # I-ZSTD
+    process: nps_zstd(footer.index_raw_bytes, footer.dictionary_bytes, footer.dictionary_digest64)
+    # I-ZSTD
     type: index
-    if: footer.index_compression == index_compression::zstd
+    if: footer.index_compression != index_compression::raw
     doc: |
       The index where it is stored as one zstd frame; use `index`. `nps_zstd(n)` is a routine that
       has to be written by hand: it refuses what is not exactly one frame that states the content
-      size n, or has a dictionary, a checksum or a window of more than 8 MiB.
-    doc-ref: 'format_spec/SPEC.md, section 7: zstd frames'
+      size n, or has a dictionary id, a checksum or a window of more than 8 MiB. `nps_zstd(n, m, d)`
+      needs, unless m is 0, a raw-content dictionary of m bytes whose SHA-256 begins with d: the
+      decompressed index of the file `base.nps` in the same folder.
+    doc-ref: 'format_spec/SPEC.md, sections 2.4: Dictionaries and bundles, and 7: zstd frames'
   index:
     value: 'footer.index_compression == index_compression::raw ? index_raw : index_zstd'
     doc-ref: 'format_spec/SPEC.md, section 3: Index'
@@ -117,6 +121,20 @@ types:
         enum: index_compression
         valid:
           in-enum: true  # T-COMPRESSION
+      - id: reserved
+        contents: [0, 0, 0]  # T-RESERVED
+      - id: dictionary_bytes
+        type: u4
+        valid:
+          expr: _ == 0 or index_compression == index_compression::zstd_dictionary  # T-RESERVED
+        doc: Size of the dictionary of the index.
+      - id: dictionary_digest64
+        size: 8
+        valid:
+          expr: |
+            _ == [0, 0, 0, 0, 0, 0, 0, 0] or index_compression == index_compression::zstd_dictionary
+          # T-RESERVED
+        doc: The first 8 bytes of its digest.
       - id: check_index_raw_bytes
         size: 0
         valid:
@@ -124,10 +142,8 @@ types:
             index_compression == index_compression::raw
             ? index_raw_bytes == index_stored_bytes
             : index_stored_bytes < index_raw_bytes
-              and index_raw_bytes <= 8 * index_stored_bytes + 1048576
+              and index_raw_bytes <= 8 * index_stored_bytes + 1048576 + dictionary_bytes
           # T-INDEXSIZE
-      - id: reserved
-        contents: [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]  # T-RESERVED
       - id: crc32
         type: u4
         doc: CRC-32 of footer bytes 0 to 83. Not checked here.
@@ -1020,6 +1036,9 @@ enums:
     1:
       id: zstd
       doc: One zstd frame.
+    2:
+      id: zstd_dictionary
+      doc: One zstd frame with a dictionary that is in another file.
   dtype:
     1: bool
     2: u8

@@ -13,6 +13,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nps_compress.bundle import Bundle, BundledTask
+    from nps_compress.bundle import add as add_to_bundle
+    from nps_compress.bundle import extract as extract_from_bundle
+    from nps_compress.bundle import inspect as inspect_bundle
+    from nps_compress.bundle import remove as remove_from_bundle
     from nps_compress.cards import model_card
     from nps_compress.errors import (
         BaseMismatchError,
@@ -47,6 +52,8 @@ __version__ = "0.1.0"
 _HOME = {
     "BaseMismatchError": "errors",
     "BenchmarkError": "errors",
+    "Bundle": "bundle",
+    "BundledTask": "bundle",
     "CalibrationError": "errors",
     "CheckpointError": "errors",
     "ExportReport": "sparse_safetensors",
@@ -69,13 +76,17 @@ _HOME = {
     "UnpackReport": "unpacking",
     "VerifyReport": "unpacking",
     "WriteError": "errors",
+    "add_to_bundle": "bundle.add",
     "export_sparse": "sparse_safetensors",
+    "extract_from_bundle": "bundle.extract",
     "import_sparse": "sparse_safetensors",
     "inspect": "inspection",
+    "inspect_bundle": "bundle.inspect",
     "model_card": "cards",
     "open": "unpacking.open_task",
     "pack": "packing",
     "rebuild": "reconstruct",
+    "remove_from_bundle": "bundle.remove",
     "search_recipe": "searching",
     "unpack": "unpacking",
     "verify": "unpacking",

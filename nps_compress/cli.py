@@ -17,6 +17,7 @@ from nps_compress.errors import NpsError, SearchInterruptedError
 
 if TYPE_CHECKING:
     from nps_compress.bench.results import Report
+    from nps_compress.bundle import BundledTask
     from nps_compress.encoding import Level
     from nps_compress.packing import PackReport
     from nps_compress.prune import Rule
@@ -697,6 +698,140 @@ def bench(
         _print_json(report.to_dict())
     else:
         _print_bench(report)
+
+
+@main.group()
+def bundle() -> None:
+    """Keep many tasks of one base in a folder, where they share the base's table.
+
+    A task of a bundle is a file as any other for all commands, as long as FOLDER/base.nps stays
+    beside it.
+
+    \b
+    Example:
+      nps-compress bundle add tasks/ law.nps med.nps
+      nps-compress unpack base/ tasks/law.nps -o law/
+    """
+
+
+_folder_argument = click.argument("folder", type=click.Path(path_type=Path))
+
+
+@bundle.command("add")
+@_folder_argument
+@click.argument("tasks", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--name", help="What to call the one TASK.  [default: its file's name]")
+@click.option("--force", is_flag=True, help="Replace a task of the same name.")
+@_json
+def bundle_add(
+    folder: Path, tasks: tuple[Path, ...], name: str | None, force: bool, as_json: bool
+) -> None:
+    """Put copies of TASKS into the bundle FOLDER, which is made where it is not there.
+
+    \b
+    Example:
+      nps-compress bundle add tasks/ law.nps med.nps
+      nps-compress bundle add tasks/ law.nps --name law-2
+    """
+    from nps_compress.bundle import add
+
+    added = add(folder, tasks, name=name, force=force)
+    if as_json:
+        _print_json({"path": str(folder), "tasks": [_bundled(task) for task in added]})
+        return
+    for task in added:
+        click.echo(
+            f"{folder / task.name}.nps: {task.file_bytes:,} bytes, "
+            f"{task.standalone_bytes - task.file_bytes:,} less than by itself"
+        )
+
+
+@bundle.command("list")
+@_folder_argument
+@_json
+def bundle_list(folder: Path, as_json: bool) -> None:
+    """Show the tasks of the bundle FOLDER and what each costs.
+
+    \b
+    Example:
+      nps-compress bundle list tasks/
+    """
+    from nps_compress.bundle import inspect
+
+    found = inspect(folder)
+    saved = found.standalone_bytes - found.file_bytes
+    if as_json:
+        _print_json(
+            {
+                "path": str(found.path),
+                "base_name": found.base_name,
+                "base_root": found.base_root,
+                "base_bytes": found.base_bytes,
+                "tasks": [_bundled(task) for task in found.tasks],
+                "file_bytes": found.file_bytes,
+                "standalone_bytes": found.standalone_bytes,
+                "mean_task_bytes": found.mean_task_bytes,
+            }
+        )
+        return
+    rows: list[tuple[str, ...]] = [("task", "bytes", "bits/param", "index bytes", "by itself")]
+    rows += [
+        (
+            task.name,
+            f"{task.file_bytes:,}",
+            f"{task.bits_per_param:.4g}",
+            f"{task.index_bytes:,}",
+            f"{task.standalone_bytes:,}",
+        )
+        for task in found.tasks
+    ]
+    _print_table(rows)
+    click.echo(
+        f"{len(found.tasks)} tasks and {found.base_bytes:,} bytes that they share: "
+        f"{found.file_bytes:,} bytes, {abs(saved):,} {'less' if saved >= 0 else 'more'} than "
+        "by themselves"
+    )
+    if found.tasks:
+        click.echo(f"one more task costs {found.mean_task_bytes:,.0f} bytes on average")
+    click.echo(f"base {found.base_name}: root {found.base_root}")
+
+
+@bundle.command("remove")
+@_folder_argument
+@click.argument("name")
+def bundle_remove(folder: Path, name: str) -> None:
+    """Delete the task NAME from the bundle FOLDER.
+
+    \b
+    Example:
+      nps-compress bundle remove tasks/ law
+    """
+    from nps_compress.bundle import remove
+
+    remove(folder, name)
+    click.echo(f"{folder / name}.nps: removed")
+
+
+@bundle.command("extract")
+@_folder_argument
+@click.argument("name")
+@_out("The .nps file to write.")
+@_force
+def bundle_extract(folder: Path, name: str, output: Path, force: bool) -> None:
+    """Write the task NAME of the bundle FOLDER as a file that needs no other.
+
+    \b
+    Example:
+      nps-compress bundle extract tasks/ law -o law.nps
+    """
+    from nps_compress.bundle import extract
+
+    extract(folder, name, output, force=force)
+    click.echo(f"{output}: {output.stat().st_size:,} bytes")
+
+
+def _bundled(task: BundledTask) -> dict[str, Any]:
+    return {**asdict(task), "bits_per_param": task.bits_per_param}
 
 
 def _recipe(options: dict[str, Any], calibrated: bool) -> Recipe:

@@ -140,18 +140,28 @@ class _Zstd(threading.local):
 _zstd = _Zstd()
 
 
-def compress(data: bytes, level: int = DEFAULT_LEVEL) -> bytes:
-    """One zstd frame that states its content size, without checksum or dictionary id."""
-    compressor = _zstd.compressors.get(level)
+def compress(data: bytes, level: int = DEFAULT_LEVEL, dictionary: bytes = b"") -> bytes:
+    """One zstd frame that states its content size, without checksum or dictionary id.
+
+    dictionary: what may be repeated as if it came before; of 8 bytes or more, or none.
+    """
+    compressor = None if dictionary else _zstd.compressors.get(level)
     if compressor is None:
         compressor = zstandard.ZstdCompressor(
-            level=level, write_content_size=True, write_checksum=False, write_dict_id=False
+            level=level,
+            dict_data=_dictionary(dictionary) if dictionary else None,
+            write_content_size=True,
+            write_checksum=False,
+            write_dict_id=False,
         )
-        _zstd.compressors[level] = compressor
+        if not dictionary:
+            _zstd.compressors[level] = compressor
     return compressor.compress(data)
 
 
-def decompress(frame: bytes, expected_bytes: int, rule: str = "P-ZSTD") -> bytes:
+def decompress(
+    frame: bytes, expected_bytes: int, rule: str = "P-ZSTD", dictionary: bytes = b""
+) -> bytes:
     """Undo :func:`compress`, allocating nothing before the frame is known to fit.
 
     The only caller of the decompressor: the library's own limits do not bind where a frame states
@@ -171,9 +181,14 @@ def decompress(frame: bytes, expected_bytes: int, rule: str = "P-ZSTD") -> bytes
             rule, f"zstd frame states {parameters.content_size} bytes, expected {expected_bytes}"
         )
     if parameters.dict_id or parameters.has_checksum or parameters.window_size > MAX_ZSTD_WINDOW:
-        raise FormatError(rule, "zstd frame with a dictionary, a checksum or a window over 8 MiB")
+        raise FormatError(
+            rule, "zstd frame with a dictionary id, a checksum or a window over 8 MiB"
+        )
+    decompressor = _zstd.decompressor
+    if dictionary:
+        decompressor = zstandard.ZstdDecompressor(dict_data=_dictionary(dictionary))
     try:
-        data = _zstd.decompressor.decompress(
+        data = decompressor.decompress(
             frame, max_output_size=expected_bytes, allow_extra_data=False
         )
     except zstandard.ZstdError as error:
@@ -181,6 +196,10 @@ def decompress(frame: bytes, expected_bytes: int, rule: str = "P-ZSTD") -> bytes
     if len(data) != expected_bytes:
         raise FormatError(rule, f"zstd frame held {len(data)} bytes, expected {expected_bytes}")
     return data
+
+
+def _dictionary(content: bytes) -> zstandard.ZstdCompressionDict:
+    return zstandard.ZstdCompressionDict(content, dict_type=zstandard.DICT_TYPE_RAWCONTENT)
 
 
 def compress_if_smaller(data: bytes, level: int = DEFAULT_LEVEL) -> tuple[bytes, bool]:

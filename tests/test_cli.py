@@ -19,7 +19,8 @@ import nps_compress
 from nps_compress.cli import main
 
 COMMANDS = [
-    *("bench", "card", "export", "import", "inspect", "pack", "search", "unpack", "verify"),
+    *("bench", "bundle", "card", "export", "import", "inspect", "pack", "search", "unpack"),
+    "verify",
 ]
 
 
@@ -52,6 +53,11 @@ def test_help_shows_an_example(command):
     assert f"nps-compress {command}" in text
 
 
+@pytest.mark.parametrize("command", sorted(main.commands["bundle"].commands))
+def test_help_of_bundles_shows_an_example(command):
+    assert f"Example:\n    nps-compress bundle {command} tasks/" in ok("bundle", command, "--help")
+
+
 def test_help_lists_every_command():
     assert set(main.commands) == set(COMMANDS)
     for command in COMMANDS:
@@ -79,6 +85,40 @@ def test_the_whole_road(tiny, tmp_path):
     assert "layer.mlp" in text
     assert "base base: 7 tensors, root " in text
     assert "file config.json" in text
+
+
+def test_a_bundle_from_the_first_task_to_the_last(tiny, tmp_path):
+    base, tuned = tiny
+    law, med, folder = tmp_path / "law.nps", tmp_path / "med.nps", tmp_path / "tasks"
+    ok("pack", base, tuned, "-o", law)
+    ok("pack", base, tuned, "-o", med, "--lossless")
+    said = ok("bundle", "add", folder, law)
+    less = law.stat().st_size - (folder / "law.nps").stat().st_size
+    assert f"law.nps: {(folder / 'law.nps').stat().st_size:,} bytes, {less:,} less" in said
+    assert "exists; pass --force" in fails("bundle", "add", folder, law)
+    added = json.loads(ok("bundle", "add", folder, med, "--name", "med-2", "--json"))
+    assert [task["name"] for task in added["tasks"]] == ["med-2"]
+    ok("bundle", "add", folder, med, "--name", "med-2", "--force")
+    assert "ok" in ok("verify", base, folder / "law.nps")
+    assert "every digest" in ok("unpack", base, folder / "med-2.nps", "-o", tmp_path / "out")
+    found = json.loads(ok("bundle", "list", folder, "--json"))
+    assert [task["name"] for task in found["tasks"]] == ["law", "med-2"]
+    assert found["file_bytes"] == sum(path.stat().st_size for path in folder.iterdir())
+    assert found["standalone_bytes"] == law.stat().st_size + med.stat().st_size
+    text = ok("bundle", "list", folder)
+    assert f"one more task costs {found['mean_task_bytes']:,.0f} bytes on average" in text
+    assert found["base_root"] in text
+    ok("bundle", "extract", folder, "med-2", "-o", tmp_path / "again.nps")
+    assert (tmp_path / "again.nps").read_bytes() == med.read_bytes()
+    assert "removed" in ok("bundle", "remove", folder, "med-2")
+    assert "one of" in fails("bundle", "remove", folder, "med-2")
+    assert "received 2" in fails("bundle", "add", folder, law, med, "--name", "x")
+    assert "'../x'" in fails("bundle", "add", folder, law, "--name", "../x")
+    (folder / "base.nps").unlink()
+    assert "[T-DICTIONARY]" in fails("inspect", folder / "law.nps")
+    assert "a folder with base.nps" in fails("bundle", "list", folder)
+    ok("bundle", "add", folder, med)
+    assert "base base: root" in ok("bundle", "list", folder)
 
 
 def test_json_is_the_whole_output(tiny, tmp_path):

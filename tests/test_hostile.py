@@ -27,8 +27,9 @@ from nps_compress.dtypes import BY_NAME, DType
 from nps_compress.entropy_coding import encode_magnitudes
 from nps_compress.format import layout
 from nps_compress.format.layout import Op
+from nps_compress.format.reader import NpsReader
 from nps_compress.format.records import BaseTensor, TensorEntry
-from nps_compress.format.writer import NpsWriter
+from nps_compress.format.writer import NpsWriter, index_and_footer
 from nps_compress.grid_codec import GridParameters
 from nps_compress.rank_one import RankOne
 from nps_compress.sign_codec import SignParameters, parameter_chunk
@@ -37,15 +38,15 @@ U8, BF16, F32, F64 = (BY_NAME[name] for name in ("U8", "BF16", "F32", "F64"))
 LIMIT = 10**6
 
 
-def noise(size: int) -> bytes:
-    return np.random.default_rng(0).bytes(size)
+def noise(size: int, seed: int = 0) -> bytes:
+    return np.random.default_rng(seed).bytes(size)
 
 
-def build(fill: Callable[[NpsWriter], list[BaseTensor]], padding: int) -> bytes:
+def build(fill: Callable[[NpsWriter], list[BaseTensor]], padding: int, seed: int = 0) -> bytes:
     """A file; ``padding`` bytes of metadata that don't compress let the index shrink the more."""
     stream = io.BytesIO()
     writer = NpsWriter(stream)
-    writer.finish(fill(writer), {"x": base64.b64encode(noise(padding)).decode()})
+    writer.finish(fill(writer), {"x": base64.b64encode(noise(padding, seed)).decode()})
     return stream.getvalue()
 
 
@@ -189,6 +190,43 @@ def test_work_is_bounded(tmp_path: Path, case: str) -> None:
     seconds, kib = measured(small, path)
     assert seconds < 2
     assert kib < 1 << 20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_work_of_a_bundle_is_bounded(tmp_path: Path) -> None:
+    """Two files, each under 1 MB, whose indices shrink as much as they may."""
+    bases = [BaseTensor(f"{number:05}", U8, (1,), bytes(32)) for number in range(20_000)]
+
+    def identity(writer: NpsWriter) -> list[BaseTensor]:
+        for number, tensor in enumerate(bases):
+            copied = tensor.name, U8, (1,), Op.COPY, ValueCodec.NONE, 0, number, bytes(32)
+            writer.add_tensor(TensorEntry(*copied))
+        return bases
+
+    def member(writer: NpsWriter) -> list[BaseTensor]:
+        identity(writer)
+        writer.add_chunks([EncodedChunk(0, MaskCodec.EMPTY, 0, False, b"", 0, (b"",))] * 106_000)
+        shape, values = (106_000 << 10,), ValueCodec.REPLACE
+        writer.add_tensor(TensorEntry("t", U8, shape, Op.DELTA, values, 10, len(bases), bytes(32)))
+        return [*bases, BaseTensor("t", U8, shape, bytes(32))]
+
+    small, path = tmp_path / "small" / "x.nps", tmp_path / "x.nps"
+    small.parent.mkdir()
+    small.write_bytes(build(lambda writer: [], 300))
+    base = tmp_path / "base.nps"
+    base.write_bytes(build(identity, 780_000))
+    path.write_bytes(build(member, 780_000, seed=1))
+    with NpsReader(base) as reader:
+        dictionary = reader.raw_index
+    with NpsReader(path) as reader:
+        raw, offset = reader.raw_index, reader.index_offset
+    path.write_bytes(path.read_bytes()[:offset] + index_and_footer(raw, offset, dictionary))
+    assert path.read_bytes()[-28] == 2
+    assert len(raw) > 0.95 * layout.max_index_bytes(path.stat().st_size, len(dictionary))
+    assert all(500_000 < each.stat().st_size < LIMIT for each in (base, path))
+    seconds, kib = measured(small, path)
+    assert seconds < 2
+    assert kib < 1 << 18
 
 
 def nothing_drawn(sizes: RankOne, numel: int) -> tuple[ValueCodec, bytes, EncodedChunk]:

@@ -10,12 +10,14 @@ from typing import Any
 
 from kaitaistruct import KaitaiStructError
 
+import nps_zstd
 from nps import Nps
 
 # Rules of section 8 that the parser enforces: it refuses every file whose first broken rule is one
 # of these. Not H-CRC, T-CRC, I-DIGEST, I-ROOT, P-DIGEST, D-DIGEST, D-CONTENT (it computes no
-# checksums), M-JSON (it asks for UTF-8 that begins with a brace, no more), M-KEYS, and what only a
-# decoded stream shows, but for parameters and the contexts of distances, which it reads.
+# checksums), T-DICTIONARY (so a dictionary may have been damaged; it finds where there is none of
+# this digest), M-JSON (it asks for UTF-8 that begins with a brace, no more), M-KEYS, and what only
+# a decoded stream shows, but for parameters and the contexts of distances, which it reads.
 _RULES = """
 F-SIZE H-MAGIC H-MAJOR H-FEATURE H-RESERVED
 T-MAGIC T-VERSION T-RESERVED T-SIZE T-INDEX T-INDEXSIZE T-COMPRESSION
@@ -67,12 +69,26 @@ def _chunk(chunk: Any) -> dict[str, Any]:
     }
 
 
+def _dictionaries(path: Path) -> list[bytes]:
+    """The raw index of base.nps, if there is one that needs no dictionary itself."""
+    if not path.is_file():
+        return []
+    try:
+        file = Nps.from_bytes(path.read_bytes())
+    except (KaitaiStructError, EOFError, ValueError):
+        return []
+    is_raw = int(file.footer.index_compression) == 0
+    return [file._raw__m_index_raw if is_raw else file._raw__m_index_zstd]
+
+
 def structure(path: str | Path) -> dict[str, Any]:
     """What the file consists of, as plain values; StructureError where the parser refuses it.
 
     "chunks" are those of all tensors, then of all files, in the order of their records.
     """
     stored = Path(path).read_bytes()
+    nps_zstd.DICTIONARIES.clear()
+    nps_zstd.DICTIONARIES.extend(_dictionaries(Path(path).with_name("base.nps")))
     try:
         file = Nps.from_bytes(stored)
     except (KaitaiStructError, EOFError, ValueError) as error:  # ValueError: UTF-8, zstd, seek
@@ -93,6 +109,8 @@ def structure(path: str | Path) -> dict[str, Any]:
             "index_stored_bytes": footer.index_stored_bytes,
             "index_raw_bytes": footer.index_raw_bytes,
             "index_compression": int(footer.index_compression),
+            "dictionary_bytes": footer.dictionary_bytes,
+            "dictionary_digest64": footer.dictionary_digest64.hex(),
             "index_digest": footer.index_digest.hex(),
             "crc32": footer.crc32,
         },

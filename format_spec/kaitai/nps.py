@@ -1,4 +1,4 @@
-# From nps.ksy, SHA-256 ed4671dca203f750c1e6c00657578f2382b82dc58ae1496b112ffebf0043d9c8
+# From nps.ksy, SHA-256 b3b0c7c28edcf3d4a8acfa32a0e938dc7db0c527c19c3ca55e01e3fd167c4f84
 # This is a generated file! Please edit source .ksy file and use kaitai-struct-compiler to rebuild
 # type: ignore
 
@@ -42,6 +42,7 @@ class Nps(KaitaiStruct):
     class IndexCompression(IntEnum):
         raw = 0
         zstd = 1
+        zstd_dictionary = 2
 
     class MaskCodec(IntEnum):
         empty = 0
@@ -806,17 +807,25 @@ class Nps(KaitaiStruct):
             self.index_compression = KaitaiStream.resolve_enum(Nps.IndexCompression, self._io.read_u1())
             if not isinstance(self.index_compression, Nps.IndexCompression):
                 raise kaitaistruct.ValidationNotInEnumError(self.index_compression, self._io, u"/types/footer/seq/7")
+            self.reserved = self._io.read_bytes(3)
+            if not self.reserved == b"\x00\x00\x00":
+                raise kaitaistruct.ValidationNotEqualError(b"\x00\x00\x00", self.reserved, self._io, u"/types/footer/seq/8")
+            self.dictionary_bytes = self._io.read_u4le()
+            _ = self.dictionary_bytes
+            if not  ((_ == 0) or (self.index_compression == Nps.IndexCompression.zstd_dictionary)) :
+                raise kaitaistruct.ValidationExprError(self.dictionary_bytes, self._io, u"/types/footer/seq/9")
+            self.dictionary_digest64 = self._io.read_bytes(8)
+            _ = self.dictionary_digest64
+            if not  ((_ == b"\x00\x00\x00\x00\x00\x00\x00\x00") or (self.index_compression == Nps.IndexCompression.zstd_dictionary)) :
+                raise kaitaistruct.ValidationExprError(self.dictionary_digest64, self._io, u"/types/footer/seq/10")
             self.check_index_raw_bytes = self._io.read_bytes(0)
             _ = self.check_index_raw_bytes
-            if not (self.index_raw_bytes == self.index_stored_bytes if self.index_compression == Nps.IndexCompression.raw else  ((self.index_stored_bytes < self.index_raw_bytes) and (self.index_raw_bytes <= 8 * self.index_stored_bytes + 1048576)) ):
-                raise kaitaistruct.ValidationExprError(self.check_index_raw_bytes, self._io, u"/types/footer/seq/8")
-            self.reserved = self._io.read_bytes(15)
-            if not self.reserved == b"\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00":
-                raise kaitaistruct.ValidationNotEqualError(b"\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00", self.reserved, self._io, u"/types/footer/seq/9")
+            if not (self.index_raw_bytes == self.index_stored_bytes if self.index_compression == Nps.IndexCompression.raw else  ((self.index_stored_bytes < self.index_raw_bytes) and (self.index_raw_bytes <= (8 * self.index_stored_bytes + 1048576) + self.dictionary_bytes)) ):
+                raise kaitaistruct.ValidationExprError(self.check_index_raw_bytes, self._io, u"/types/footer/seq/11")
             self.crc32 = self._io.read_u4le()
             self.magic_reversed = self._io.read_bytes(8)
             if not self.magic_reversed == b"\x0A\x1A\x0A\x0D\x53\x50\x4E\x89":
-                raise kaitaistruct.ValidationNotEqualError(b"\x0A\x1A\x0A\x0D\x53\x50\x4E\x89", self.magic_reversed, self._io, u"/types/footer/seq/11")
+                raise kaitaistruct.ValidationNotEqualError(b"\x0A\x1A\x0A\x0D\x53\x50\x4E\x89", self.magic_reversed, self._io, u"/types/footer/seq/13")
 
 
         def _fetch_instances(self):
@@ -1678,20 +1687,22 @@ class Nps(KaitaiStruct):
     def index_zstd(self):
         """The index where it is stored as one zstd frame; use `index`. `nps_zstd(n)` is a routine that
         has to be written by hand: it refuses what is not exactly one frame that states the content
-        size n, or has a dictionary, a checksum or a window of more than 8 MiB.
+        size n, or has a dictionary id, a checksum or a window of more than 8 MiB. `nps_zstd(n, m, d)`
+        needs, unless m is 0, a raw-content dictionary of m bytes whose SHA-256 begins with d: the
+        decompressed index of the file `base.nps` in the same folder.
 
         .. seealso::
-           format_spec/SPEC.md, section 7: zstd frames
+           format_spec/SPEC.md, sections 2.4: Dictionaries and bundles, and 7: zstd frames
         """
         if hasattr(self, '_m_index_zstd'):
             return self._m_index_zstd
 
-        if self.footer.index_compression == Nps.IndexCompression.zstd:
+        if self.footer.index_compression != Nps.IndexCompression.raw:
             pass
             _pos = self._io.pos()
             self._io.seek(self.footer.index_offset)
             self._raw__raw__m_index_zstd = self._io.read_bytes(self.footer.index_stored_bytes)
-            _process = NpsZstd(self.footer.index_raw_bytes)
+            _process = NpsZstd(self.footer.index_raw_bytes, self.footer.dictionary_bytes, self.footer.dictionary_digest64)
             self._raw__m_index_zstd = _process.decode(self._raw__raw__m_index_zstd)
             _io__raw__m_index_zstd = KaitaiStream(BytesIO(self._raw__m_index_zstd))
             self._m_index_zstd = Nps.Index(_io__raw__m_index_zstd, self, self._root)

@@ -2,7 +2,8 @@
 
 ``valid/NAME.nps`` must be accepted and, with ``NAME.base.safetensors``, rebuild to the digests in
 ``expected.json``. ``reject/RULE-what.nps`` must be refused by that rule. ``wrong_base/NAME.nps`` is
-valid, but not for the base beside it.
+valid, but not for the base beside it. Members of bundles are in folders of their own, each with its
+``base.nps``; ``reject/FOLDER/base.nps`` is no vector itself.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from parts import DTYPES, Base, File, little
-from reject import BESIDE, REJECT, WRONG_BASE
+from reject import BASE_NPS, BESIDE, REJECT, WRONG_BASE
 from valid import VALID
 
 
@@ -66,7 +67,9 @@ def generate() -> dict[str, bytes]:
         outcomes["valid"][name] = expected(file)
     for name, build in REJECT.items():
         out[f"reject/{name}.nps"] = build()
-        outcomes["reject"][name] = "-".join(name.split("-")[:2])
+        outcomes["reject"][name] = "-".join(name.split("/")[-1].split("-")[:2])
+    for name, data in BASE_NPS.items():
+        out[f"reject/{name}/base.nps"] = data
     for name, make in BESIDE.items():
         out[f"reject/{name}.base.safetensors"] = safetensors(make().base)
     for name, (start, change) in WRONG_BASE.items():

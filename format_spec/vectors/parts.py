@@ -292,6 +292,7 @@ class File:
     after_chunks: bytes = b""
     missing: int = 0  # bytes of chunk data
     compress_index: bool = False
+    dictionary: bytes = b""  # a raw index, to be used where the index is compressed
     index_frame: Callable[[bytes], bytes] | None = None
     digest_bytes: int = 32
     set_head: dict[str, Any] = field(default_factory=dict)
@@ -313,18 +314,23 @@ class File:
             "index_stored_bytes": len(stored),
             "index_raw_bytes": len(index),
             "file_bytes": 64 + len(data) + len(stored) + len(self.after_index) + 96,
-            "index_digest": digest_of(stored),
+            "index_digest": digest_of(
+                stored + (digest_of(self.dictionary) if self.dictionary else b"")
+            ),
             "major": 1,
             "minor": self.set_header.get("minor", 0),
-            "index_compression": int(self.compress_index),
-            "reserved": bytes(15),
+            "index_compression": 2 if self.dictionary else int(self.compress_index),
+            "reserved": bytes(3),
+            "dictionary_bytes": len(self.dictionary),
+            "dictionary_digest64": digest_of(self.dictionary)[:8] if self.dictionary else bytes(8),
             "magic_reversed": MAGIC[::-1],
             **self.set_footer,
         }
         order = ("index_offset", "index_stored_bytes", "index_raw_bytes", "file_bytes")
         footer = struct.pack("<4Q", *(fields[name] for name in order)) + fields["index_digest"]
         footer += struct.pack("<HHB", fields["major"], fields["minor"], fields["index_compression"])
-        footer += fields["reserved"]
+        footer += fields["reserved"] + little(fields["dictionary_bytes"], 4)
+        footer += fields["dictionary_digest64"]
         footer += little(fields.get("crc32", zlib.crc32(footer)), 4) + fields["magic_reversed"]
         return self.header() + data + stored + self.after_index + footer
 
@@ -354,6 +360,9 @@ class File:
             content += little(len(item.name), 2) + item.name + little((item.shape or [0])[0], 8)
             content += item.whole_digest()
         return digest_of(content)
+
+    def raw_index(self) -> bytes:
+        return self.index([chunk for entry in self.tensors + self.files for chunk in entry.chunks])
 
     def index(self, chunks: list[Chunk]) -> bytes:
         names = b"".join(item.name for item in (*self.base, *self.tensors, *self.files))

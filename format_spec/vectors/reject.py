@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from bundles import bundled_base, dictionary_frame, member, swapped
 from distances import LOWEST as LOWEST_STATE
 from distances import (
     Context,
@@ -144,7 +145,19 @@ reject("T-MAGIC-header-s", lambda f: f.set_footer.update(magic_reversed=MAGIC))
 reject("T-CRC-wrong", lambda f: f.set_footer.update(crc32=0))
 reject("T-VERSION-minor", lambda f: f.set_footer.update(minor=1))
 reject("T-VERSION-major", lambda f: f.set_footer.update(major=2))
-reject("T-RESERVED-last", lambda f: f.set_footer.update(reserved=bytes(14) + b"\1"))
+reject("T-RESERVED-last", lambda f: f.set_footer.update(reserved=bytes(2) + b"\1"))
+for _what, _set in {
+    "dictionary-bytes": lambda f: f.set_footer.update(dictionary_bytes=1 << 24),
+    "dictionary-digest": lambda f: f.set_footer.update(dictionary_digest64=bytes(7) + b"\1"),
+    "dictionary-of-a-frame": lambda f: (
+        assign(f, compress_index=True),
+        f.set_footer.update(dictionary_bytes=1),
+    ),
+    "dictionary-before-compression": lambda f: f.set_footer.update(
+        index_compression=3, dictionary_bytes=1
+    ),
+}.items():
+    reject(f"T-RESERVED-{_what}", _set)
 reject_bytes("T-SIZE-two-files", lambda data: data + data)
 reject("T-SIZE-less", lambda f: f.set_footer.update(file_bytes=290))
 reject("T-SIZE-most", lambda f: f.set_footer.update(file_bytes=2**64 - 1))
@@ -177,7 +190,7 @@ for _what, _beyond, _rule in (
             f.set_footer.update(index_raw_bytes=8 * 100 + 2**20 + b),
         ),
     )
-reject("T-COMPRESSION-unknown", lambda f: f.set_footer.update(index_compression=2))
+reject("T-COMPRESSION-unknown", lambda f: f.set_footer.update(index_compression=3))
 
 # I: index
 reject("I-DIGEST-wrong", lambda f: f.set_footer.update(index_digest=bytes(32)))
@@ -434,17 +447,17 @@ reject(
     lambda f: (f.set_header.update(reserved0=1), f.set_footer.update(crc32=0)),
 )
 reject("T-CRC-before-version", lambda f: f.set_footer.update(crc32=0, minor=1))
-reject("T-VERSION-before-reserved", lambda f: f.set_footer.update(minor=1, reserved=b"\1" * 15))
-reject("T-RESERVED-before-size", lambda f: f.set_footer.update(reserved=b"\1" * 15, file_bytes=1))
+reject("T-VERSION-before-reserved", lambda f: f.set_footer.update(minor=1, reserved=b"\1" * 3))
+reject("T-RESERVED-before-size", lambda f: f.set_footer.update(reserved=b"\1" * 3, file_bytes=1))
 reject("T-SIZE-before-index", lambda f: f.set_footer.update(file_bytes=1, index_offset=0))
 reject("T-INDEX-before-its-size", lambda f: f.set_footer.update(index_offset=0, index_raw_bytes=1))
 reject(
     "T-INDEXSIZE-before-compression",
-    lambda f: f.set_footer.update(index_raw_bytes=1, index_compression=2),
+    lambda f: f.set_footer.update(index_raw_bytes=1, index_compression=3),
 )
 reject(
     "T-COMPRESSION-before-digest",
-    lambda f: f.set_footer.update(index_compression=2, index_digest=bytes(32)),
+    lambda f: f.set_footer.update(index_compression=3, index_digest=bytes(32)),
 )
 reject("I-COUNT-before-size", lambda f: f.set_head.update(base_records=2**20 + 1, heap_bytes=2**60))
 reject(
@@ -1823,6 +1836,69 @@ planes_as(
 )
 distances_chunk("C-FLAGS-distances-before-stored", 0, planes_zstd=1, sizes=[21, 9])
 distances_chunk("C-MASKSIZE-distances-before-stored", 0, mask_raw=129, sizes=[21, 9])
+
+# A member of a bundle, in a folder whose base.nps (BASE_NPS) is as good as need be.
+BASE_NPS: dict[str, bytes] = {
+    "bundle": bundled_base().build(),
+    "bundle-in-need": member().build(),  # its own index takes a dictionary
+    "bundle-of-no-file": b"",
+    "bundle-damaged": bundled_base().build()[:60] + bytes(4) + bundled_base().build()[64:],
+    "bundle-out-of-order": swapped(bundled_base()).build(),
+}
+reject("T-DICTIONARY-missing", lambda f: None, member)
+for _what, _dictionary in {
+    "bundle-in-need": member().raw_index(),
+    "bundle-of-no-file": b"x" * 64,
+    "bundle-damaged": bundled_base().raw_index(),
+    "bundle-out-of-order": swapped(bundled_base()).raw_index(),
+}.items():
+    reject(f"{_what}/T-DICTIONARY-refused", lambda f: None, lambda d=_dictionary: member(d))
+for _what, _change in {
+    "T-DICTIONARY-of-another-size": lambda f: f.set_footer.update(
+        dictionary_bytes=len(f.dictionary) + 1
+    ),
+    "T-DICTIONARY-of-no-size": lambda f: f.set_footer.update(dictionary_bytes=0),
+    "T-DICTIONARY-another": lambda f: assign(f, dictionary=f.dictionary[:-1] + b"]"),
+    "T-DICTIONARY-before-digest": lambda f: f.set_footer.update(
+        dictionary_digest64=bytes(8), index_digest=bytes(32)
+    ),
+    "T-INDEXSIZE-before-dictionary": lambda f: f.set_footer.update(
+        index_raw_bytes=2**30 + 1, dictionary_digest64=bytes(8)
+    ),
+    "T-RESERVED-of-a-member": lambda f: f.set_footer.update(reserved=b"\1\0\0"),
+    "T-INDEXSIZE-not-smaller": lambda f: assign(f, index_frame=lambda raw: raw),
+    "I-DIGEST-of-the-frame-alone": lambda f: f.set_footer.update(
+        index_digest=digest_of(dictionary_frame(f.raw_index(), f.dictionary))
+    ),
+    "I-DIGEST-of-half-the-digest": lambda f: f.set_footer.update(
+        index_digest=digest_of(
+            dictionary_frame(f.raw_index(), f.dictionary) + digest_of(f.dictionary)[:8]
+        )
+    ),
+    "I-ZSTD-before-the-dictionary": lambda f: assign(
+        f, index_frame=lambda raw: dictionary_frame(raw, f.dictionary, further=len(f.dictionary))
+    ),
+    "I-ZSTD-dictionary-id": lambda f: assign(
+        f, index_frame=lambda raw: dictionary_frame(raw, f.dictionary, flags=0xA1, more=b"\7")
+    ),
+    "I-ZSTD-checksum": lambda f: assign(
+        f, index_frame=lambda raw: dictionary_frame(raw, f.dictionary, flags=0xA4) + bytes(4)
+    ),
+    "I-ZSTD-trailing-byte": lambda f: assign(
+        f, index_frame=lambda raw: dictionary_frame(raw, f.dictionary) + b"\0"
+    ),
+    "M-KEYS-of-a-member": lambda f: assign(f, metadata=b'{"k":"","k":""}'),
+}.items():
+    reject(f"bundle/{_what}", _change, member)
+for _what, _beyond in (("T-INDEXSIZE-ratio-by-one", 1), ("I-ZSTD-garbage-at-the-ratio", 0)):
+    reject(
+        f"bundle/{_what}",
+        lambda f, b=_beyond: (
+            assign(f, index_frame=lambda raw: b"\x55" * 100),
+            f.set_footer.update(index_raw_bytes=8 * 100 + 2**20 + len(f.dictionary) + b),
+        ),
+        member,
+    )
 
 # Digests of deltas can only be compared beside the base.
 BESIDE: dict[str, Callable[[], File]] = {

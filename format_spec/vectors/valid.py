@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from blake3 import blake3
 
+from bundles import bundled_base, dictionary_frame, member
 from distances import Context, Distances, coded_ulp, distances_of, exponent_of, moved
 from grids import GridParameters, grid, grid_parameters
 from parts import (
@@ -436,6 +437,30 @@ def digests_short_and_index_compressed() -> File:
     bases = [base_tensor(f"layer.{i:03}", "BF16", [4], [i, 0, 0, 0]) for i in range(50)]
     tensors = [copy(f"layer.{i:03}", bases, i) for i in range(50)]
     return File(base=bases, tensors=tensors, compress_index=True, digest_bytes=8)
+
+
+@valid
+def bundle_law() -> File:
+    file = member()
+    sizes = [len(dictionary_frame(file.raw_index(), d)) for d in (file.dictionary, b"")]
+    assert sizes[0] < sizes[1] - 400, sizes
+    return file
+
+
+VALID["bundle/law"] = VALID.pop("bundle-law")
+VALID["bundle/base"] = bundled_base
+VALID["bundle/nothing-of-the-dictionary"] = lambda: replace(
+    member(), index_frame=lambda raw: dictionary_frame(raw, b"")
+)
+VALID["bundle/all-of-the-dictionary"] = lambda: replace(
+    bundled_base(),
+    dictionary=bundled_base().raw_index(),
+    compress_index=True,
+    index_frame=lambda raw: dictionary_frame(raw, raw),
+)
+VALID["bundle/by-itself"] = lambda: replace(member(), dictionary=b"", compress_index=False)
+VALID["bundle-compressed/base"] = lambda: replace(bundled_base(), compress_index=True)
+VALID["bundle-compressed/law"] = member
 
 
 @valid

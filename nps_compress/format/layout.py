@@ -28,6 +28,7 @@ MAX_METADATA_BYTES = 2**20
 MAX_FILES, MAX_FILE_BYTES = 64, 2**26
 # A zstd block of 128 KiB takes at least 4 bytes.
 MAX_ZSTD_RATIO = 2**15
+DICTIONARY_FILE = "base.nps"  # beside a file whose index needs its index to be undone
 RESERVED_NAME = "__metadata__"  # safetensors keeps its own metadata under this name
 # Digests do not compress, so a large honest index shrinks less than this; a bomb would shrink more.
 MAX_INDEX_RATIO, INDEX_RATIO_SLACK = 8, 2**20
@@ -54,6 +55,7 @@ class IndexCompression(IntEnum):
 
     RAW = 0
     ZSTD = 1
+    ZSTD_DICTIONARY = 2  # with the index of DICTIONARY_FILE, once decompressed
 
 
 HEADER = np.dtype(
@@ -78,7 +80,9 @@ FOOTER = np.dtype(
         ("major", "<u2"),
         ("minor", "<u2"),
         ("index_compression", "u1"),
-        ("reserved", "V15"),
+        ("reserved", "V3"),
+        ("dictionary_bytes", "<u4"),
+        ("dictionary_digest64", "V8"),
         ("crc32", "<u4"),
         ("magic_reversed", "V8"),
     ]
@@ -150,6 +154,19 @@ def stored_chunk_bytes(chunks: npt.NDArray[np.void]) -> npt.NDArray[np.int64]:
 def max_raw_bytes(chunk_data_bytes: int) -> int:
     """Most bytes that all streams may have once zstd is undone (SPEC.md, C-EXPANSION)."""
     return MAX_EXPANSION * chunk_data_bytes + EXPANSION_SLACK
+
+
+def max_index_bytes(stored_bytes: int, dictionary_bytes: int) -> int:
+    """Most bytes that a compressed index may have (SPEC.md, T-INDEXSIZE)."""
+    return MAX_INDEX_RATIO * stored_bytes + INDEX_RATIO_SLACK + dictionary_bytes
+
+
+def index_digest(stored: bytes, dictionary: bytes) -> bytes:
+    """BLAKE3 of a stored index; with a dictionary, which is not empty, it depends on that too."""
+    digest = blake3(stored)
+    if dictionary:
+        digest.update(blake3(dictionary).digest())
+    return digest.digest()
 
 
 def aligned(size: int) -> int:

@@ -10,7 +10,7 @@ import hashlib
 import os
 import threading
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -54,7 +54,9 @@ class Chunk:
 class NpsReader:
     """An open ``.nps`` file: its tables, checked, and its chunks on demand.
 
-    Opening reads header, footer and index only. Reading chunks is thread-safe.
+    Opening reads header, footer and index only, and those of ``base.nps`` in the same folder where
+    the index needs that one's to be undone (SPEC.md, bundles). Reading chunks is thread-safe.
+    ``raw_index`` is the index once it is undone, ``index_offset`` where the chunk data end.
 
     Raises:
         FormatError: a rule is broken. OSError: the file can't be read.
@@ -68,9 +70,10 @@ class NpsReader:
         self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         try:
             self.file_bytes = os.fstat(self._descriptor).st_size
-            index_offset, index = self._read_envelope()
+            self.minor = layout.MINOR
+            self.index_offset, self.raw_index = self._read_envelope()
             try:
-                self._index = parse_index(index, index_offset)
+                self._index = parse_index(self.raw_index, self.index_offset)
             except FormatError as error:
                 self._fail(error.rule, error.detail)
         except BaseException:
@@ -127,9 +130,14 @@ class NpsReader:
     def file_digest(self) -> bytes:
         """SHA-256 of the whole file."""
         digest = hashlib.sha256()
-        for offset in range(0, self.file_bytes, 1 << 20):
-            digest.update(self._pread(offset, min(1 << 20, self.file_bytes - offset)))
+        for part in self.stored(self.file_bytes):
+            digest.update(part)
         return digest.digest()
+
+    def stored(self, end: int) -> Iterator[bytes]:
+        """The first ``end`` bytes of the file, a piece at a time. Raises FormatError (F-SIZE)."""
+        for offset in range(0, end, 1 << 20):
+            yield self._pread(offset, min(1 << 20, end - offset))
 
     def stored_bytes(self, entry: TensorEntry) -> int:
         """Bytes the tensor's chunks take in the file, padding included."""
@@ -296,6 +304,7 @@ class NpsReader:
             self._fail("H-FEATURE", f"needs features {unknown:#x}, unknown to this reader")
         if header["reserved0"] or any(header["reserved1"].tobytes()):
             self._fail("H-RESERVED", "reserved bytes of the header are not zero")
+        self.minor = int(header["minor"])
 
         raw = self._pread(self.file_bytes - layout.FOOTER_BYTES, layout.FOOTER_BYTES)
         footer = np.frombuffer(raw, layout.FOOTER)[0]
@@ -305,12 +314,18 @@ class NpsReader:
             self._fail("T-CRC", "footer is damaged")
         if (footer["major"], footer["minor"]) != (header["major"], header["minor"]):
             self._fail("T-VERSION", "header and footer state different versions")
-        if any(footer["reserved"].tobytes()):
+        compression = int(footer["index_compression"])
+        has_dictionary = compression == IndexCompression.ZSTD_DICTIONARY
+        reserved = footer["reserved"].tobytes()
+        if not has_dictionary:
+            reserved += footer["dictionary_bytes"].tobytes()
+            reserved += footer["dictionary_digest64"].tobytes()
+        if any(reserved):
             self._fail("T-RESERVED", "reserved bytes of the footer are not zero")
         if footer["file_bytes"] != self.file_bytes:
             self._fail("T-SIZE", f"footer states {footer['file_bytes']} bytes of {self.file_bytes}")
         offset, stored = int(footer["index_offset"]), int(footer["index_stored_bytes"])
-        raw_bytes, compression = int(footer["index_raw_bytes"]), int(footer["index_compression"])
+        raw_bytes = int(footer["index_raw_bytes"])
         if (
             offset < layout.HEADER_BYTES
             or offset % layout.CHUNK_ALIGNMENT
@@ -322,16 +337,40 @@ class NpsReader:
         if compression == IndexCompression.RAW:
             if raw_bytes != stored:
                 self._fail("T-INDEXSIZE", f"raw index of {raw_bytes} bytes stored in {stored}")
-        elif compression != IndexCompression.ZSTD:
+        elif compression != IndexCompression.ZSTD and not has_dictionary:
             self._fail("T-COMPRESSION", f"unknown index compression {compression}")
-        elif not (stored < raw_bytes <= layout.MAX_INDEX_RATIO * stored + layout.INDEX_RATIO_SLACK):
+        elif (
+            not stored
+            < raw_bytes
+            <= layout.max_index_bytes(stored, int(footer["dictionary_bytes"]))
+        ):
             self._fail("T-INDEXSIZE", f"index of {raw_bytes} bytes stored in {stored}")
+        dictionary = self._dictionary(footer) if has_dictionary else b""
         index = self._pread(offset, stored)
-        if blake3(index).digest() != footer["index_digest"].tobytes():
+        if layout.index_digest(index, dictionary) != footer["index_digest"].tobytes():
             self._fail("I-DIGEST", "index is damaged")
-        if compression == IndexCompression.ZSTD:
+        if compression != IndexCompression.RAW:
             try:
-                index = codecs.decompress(index, raw_bytes, rule="I-ZSTD")
+                index = codecs.decompress(index, raw_bytes, "I-ZSTD", dictionary)
             except FormatError as error:
                 self._fail(error.rule, f"index: {error.detail}")
         return offset, index
+
+    def _dictionary(self, footer: np.void) -> bytes:
+        """The raw index without which this file's can't be undone. Raises FormatError."""
+        size, digest = int(footer["dictionary_bytes"]), footer["dictionary_digest64"].tobytes()
+        if self.path.name == layout.DICTIONARY_FILE:  # so that looking for one ends
+            self._fail("T-DICTIONARY", "a dictionary can't need one itself")
+        path = self.path.with_name(layout.DICTIONARY_FILE)
+        needed = f"needs {path} with an index of {size} bytes and BLAKE3 {digest.hex()}..."
+        try:
+            with NpsReader(path) as reader:
+                index = reader.raw_index
+        except OSError as error:
+            self._fail("T-DICTIONARY", f"{needed}, which can't be read ({error.strerror})")
+        except FormatError as error:
+            self._fail("T-DICTIONARY", f"{needed}, which is refused: {error.detail} [{error.rule}]")
+        if (len(index), layout.digest64(index)) != (size, digest):
+            found = f"{len(index)} bytes and BLAKE3 {layout.digest64(index).hex()}..."
+            self._fail("T-DICTIONARY", f"{needed}, not {found}")
+        return index

@@ -12,7 +12,13 @@ from typing import BinaryIO
 import numpy as np
 from blake3 import blake3
 
-from nps_compress.codecs import EncodedChunk, MaskCodec, ValueCodec, compress_if_smaller
+from nps_compress.codecs import (
+    EncodedChunk,
+    MaskCodec,
+    ValueCodec,
+    compress,
+    compress_if_smaller,
+)
 from nps_compress.dtypes import BY_NAME
 from nps_compress.errors import InvalidArgumentError
 from nps_compress.format import layout
@@ -107,37 +113,37 @@ class NpsWriter:
         _check_order([*self._files[-1:], entry])
         self._files.append(entry)
 
-    def finish(self, base: Sequence[BaseTensor], metadata: Mapping[str, str]) -> int:
+    def finish(
+        self, base: Sequence[BaseTensor], metadata: Mapping[str, str], root: bytes | None = None
+    ) -> int:
         """Write index and footer. Returns the size of the file in bytes.
 
-        Of digests that would take more than a percent of the file, only the start is stored.
+        Of digests that would take more than a percent of the file, only the start is stored. root:
+        the base root where the base's digests come from an index, perhaps only their start; then
+        they are stored as they are.
         """
         _check_order(base)
-        digests = layout.DIGEST_BYTES * (len(base) + len(self._tensors))
-        short = digests > _DIGESTS_SHARE * self._offset
-        raw = self._index(base, metadata, short)
+        if root is None:
+            root = base_root(base)
+            digests = layout.DIGEST_BYTES * (len(base) + len(self._tensors))
+            short = digests > _DIGESTS_SHARE * self._offset
+        else:
+            short = any(len(tensor.digest) < layout.DIGEST_BYTES for tensor in base)
+        raw = self._index(base, metadata, short, root)
         if len(raw) > layout.MAX_INDEX_BYTES:
             raise InvalidArgumentError("index", f"{len(raw):,} bytes", "at most 1 GiB")
-        stored, compressed = _compressed(raw)
-        if short and not compressed:  # it may have shrunk too far: whole digests shrink less
-            whole = self._index(base, metadata, short=False)
-            smaller, compressed = _compressed(whole)
-            if compressed:
-                raw, stored = whole, smaller
-        footer = np.zeros((), layout.FOOTER)
-        footer["index_offset"] = self._offset
-        footer["index_stored_bytes"] = len(stored)
-        footer["index_raw_bytes"] = len(raw)
-        footer["file_bytes"] = self._offset + len(stored) + layout.FOOTER_BYTES
-        footer["index_digest"] = np.void(blake3(stored).digest())
-        footer["major"], footer["minor"] = layout.MAJOR, layout.MINOR
-        footer["index_compression"] = IndexCompression.ZSTD if compressed else IndexCompression.RAW
-        footer["crc32"] = zlib.crc32(footer.tobytes()[:-12])
-        footer["magic_reversed"] = np.void(layout.MAGIC_REVERSED)
-        self._stream.write(stored + footer.tobytes())
-        return int(footer["file_bytes"])
+        if short and _stored_index(raw)[0] is IndexCompression.RAW:
+            # It may have shrunk too far: whole digests shrink less.
+            whole = self._index(base, metadata, False, root)
+            if _stored_index(whole)[0] is not IndexCompression.RAW:
+                raw = whole
+        end = index_and_footer(raw, self._offset)
+        self._stream.write(end)
+        return self._offset + len(end)
 
-    def _index(self, base: Sequence[BaseTensor], metadata: Mapping[str, str], short: bool) -> bytes:
+    def _index(
+        self, base: Sequence[BaseTensor], metadata: Mapping[str, str], short: bool, root: bytes
+    ) -> bytes:
         names = [
             record.name for records in (base, self._tensors, self._files) for record in records
         ]
@@ -154,7 +160,7 @@ class NpsWriter:
         head["base_records"], head["tensor_records"] = len(base), len(self._tensors)
         head["file_records"], head["chunk_records"] = len(self._files), len(self._chunks)
         head["heap_bytes"], head["metadata_bytes"] = len(heap), len(meta)
-        root, content = base_root(base), content_digest(self._tensors, self._files)
+        content = content_digest(self._tensors, self._files)
         head["base_root"] = np.frombuffer(root, np.uint8)
         head["content_digest"] = np.frombuffer(content, np.uint8)
         size = layout.SHORT_DIGEST_BYTES if short else layout.DIGEST_BYTES
@@ -172,14 +178,43 @@ class NpsWriter:
         )
 
 
-def _compressed(index: bytes) -> tuple[bytes, bool]:
-    """An index as it is stored, and whether that is as a frame."""
-    if len(index) <= _SMALL_INDEX_BYTES:
-        return index, False
-    stored, compressed = compress_if_smaller(index, level=19)
-    if len(index) > layout.MAX_INDEX_RATIO * len(stored) + layout.INDEX_RATIO_SLACK:
-        return index, False
-    return stored, compressed
+def index_and_footer(
+    raw: bytes, index_offset: int, dictionary: bytes = b"", minor: int = layout.MINOR
+) -> bytes:
+    """What follows the chunk data: the index as it is stored, and the footer.
+
+    raw: the index. dictionary: the raw index that a reader will have; none where empty. It is left
+    out where it does not help, so that nobody needs it.
+    """
+    how, stored = _stored_index(raw, dictionary)
+    footer = np.zeros((), layout.FOOTER)
+    footer["index_offset"] = index_offset
+    footer["index_stored_bytes"] = len(stored)
+    footer["index_raw_bytes"] = len(raw)
+    footer["file_bytes"] = index_offset + len(stored) + layout.FOOTER_BYTES
+    footer["major"], footer["minor"] = layout.MAJOR, minor
+    footer["index_compression"] = how
+    if how is IndexCompression.ZSTD_DICTIONARY:
+        footer["dictionary_bytes"] = len(dictionary)
+        footer["dictionary_digest64"] = np.void(layout.digest64(dictionary))
+    else:
+        dictionary = b""
+    footer["index_digest"] = np.void(layout.index_digest(stored, dictionary))
+    footer["crc32"] = zlib.crc32(footer.tobytes()[:-12])
+    footer["magic_reversed"] = np.void(layout.MAGIC_REVERSED)
+    return stored + footer.tobytes()
+
+
+def _stored_index(raw: bytes, dictionary: bytes = b"") -> tuple[IndexCompression, bytes]:
+    if len(raw) > _SMALL_INDEX_BYTES:
+        if dictionary:
+            frame = compress(raw, 19, dictionary)
+            if len(frame) < len(raw) <= layout.max_index_bytes(len(frame), len(dictionary)):
+                return IndexCompression.ZSTD_DICTIONARY, frame
+        frame = compress(raw, 19)
+        if len(frame) < len(raw) <= layout.max_index_bytes(len(frame), 0):
+            return IndexCompression.ZSTD, frame
+    return IndexCompression.RAW, raw
 
 
 def _check_order(records: Sequence[BaseTensor | TensorEntry]) -> None:

@@ -15,7 +15,8 @@ import time
 from pathlib import Path
 
 TARGET = sys.argv.pop(1)
-os.environ["NUMBA_BOUNDSCHECK" if TARGET == "reader" else "NUMBA_DISABLE_JIT"] = "1"
+WHOLE_FILES = TARGET in ("reader", "members")
+os.environ["NUMBA_BOUNDSCHECK" if WHOLE_FILES else "NUMBA_DISABLE_JIT"] = "1"
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests" / "fuzz"), str(ROOT / "format_spec")]
 
@@ -23,7 +24,7 @@ import atheris  # noqa: E402
 
 MEMORY_LIMIT = 3 << 30  # of address space, of which interpreter, numpy, LLVM and atheris map half
 
-if TARGET == "reader":  # numba can't compile what atheris has instrumented
+if WHOLE_FILES:  # numba can't compile what atheris has instrumented
     importlib.import_module("nps_compress.grid_codec")  # and all it imports
 with atheris.instrument_imports(include=["nps_compress", "minimal_reader", "targets"]):
     import numpy as np
@@ -45,7 +46,7 @@ def timed(data: bytes) -> None:
 
 if __name__ == "__main__":
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
-    if TARGET == "reader":  # to compile takes longer than an input may
+    if WHOLE_FILES:  # to compile takes longer than an input may
         for seed in targets.distance_seeds():
             targets.distances(seed)
     np.seterr(over="ignore")  # words wrap around; compiled code does so without a warning

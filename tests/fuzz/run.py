@@ -36,7 +36,7 @@ from targets import SEEDS  # noqa: E402
 WORK = ROOT / "fuzz-work"
 RESULTS = ROOT / "format_spec" / "fuzzing.csv"
 VECTORS = ROOT / "format_spec" / "vectors"
-TARGETS = ("reader", "masks", "zstd", "values", "magnitudes", "distances", "quantised")
+TARGETS = ("reader", "members", "masks", "zstd", "values", "magnitudes", "distances", "quantised")
 MAX_LENGTH = 4096
 ROUND = 100  # seconds; instrumented code grows by about a kilobyte an input, so start anew
 FIELDS = (
@@ -64,9 +64,8 @@ def unpack_corpus(target: str) -> Path:
         for path in VECTORS.rglob("*.nps"):
             for flags in (0, 15, 31):
                 if path.stat().st_size < MAX_LENGTH:
-                    (folder / f"{path.stem}-{flags}").write_bytes(
-                        bytes([flags]) + path.read_bytes()
-                    )
+                    name = "-".join(path.relative_to(VECTORS).with_suffix("").parts)
+                    (folder / f"{name}-{flags}").write_bytes(bytes([flags]) + path.read_bytes())
     return folder
 
 

@@ -7,8 +7,11 @@ opinion under the same rule.
 
 from __future__ import annotations
 
+import functools
+import io
 import os
 import struct
+import tempfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +28,8 @@ from nps_compress.dtypes import BY_NAME, DTYPES, PRUNABLE, DType, Words
 from nps_compress.errors import FormatError
 from nps_compress.format.layout import Op
 from nps_compress.format.reader import NpsReader
+from nps_compress.format.records import BaseTensor, TensorEntry
+from nps_compress.format.writer import NpsWriter, index_and_footer
 from nps_compress.grid_codec import GridParameters
 from nps_compress.rank_one import RankOne
 from nps_compress.reconstruct import Task
@@ -464,10 +469,10 @@ def package_outcome(path: Path) -> Outcome:
         return ("refused", error.rule)
 
 
-def minimal_outcome(data: bytes) -> Outcome:
+def minimal_outcome(data: bytes, base_nps: bytes = b"") -> Outcome:
     """What the standard's minimal reader makes of the same bytes."""
     try:
-        nps = minimal_reader.Nps(data)
+        nps = minimal_reader.Nps(data, base_nps)
         found = [
             *(tensor.name for tensor in (*nps.base, *nps.tensors, *nps.files)),
             nps.base_root.hex(),
@@ -480,9 +485,9 @@ def minimal_outcome(data: bytes) -> Outcome:
         return ("refused", error.rule)
 
 
-def compare_readers(path: Path, data: bytes) -> Outcome:
+def compare_readers(path: Path, data: bytes, base_nps: bytes = b"") -> Outcome:
     """The outcome on which both readers agree. Raises AssertionError where they do not."""
-    mine, theirs = package_outcome(path), minimal_outcome(data)
+    mine, theirs = package_outcome(path), minimal_outcome(data, base_nps)
     assert mine == theirs, (mine, theirs)
     return mine
 
@@ -544,8 +549,83 @@ def _rebuild(path: Path, data: bytes) -> None:
             assert np.array_equal(found, wanted), entry
 
 
+# -- bundles ----------------------------------------------------------------------------------
+
+
+@functools.cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    shared = Path("/dev/shm")  # files in memory, where there are any
+    return tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None)
+
+
+def members(data: bytes) -> None:
+    """Flags of a base.nps and of a member (half a byte each), size of the first (2), both files."""
+    if len(data) < 3:
+        return
+    flags, end = data[0], 3 + int.from_bytes(data[1:3], "little")
+    base = repaired(data[3:end], flags & 15)
+    file = repaired(data[end:], flags >> 4)
+    if flags >> 4 & 1:
+        file = in_need_of(file, base)
+    path = Path(_folder().name) / "member.nps"
+    path.write_bytes(file)
+    path.with_name("base.nps").write_bytes(base)
+    if _examined(path) <= MOST_EXAMINED:
+        compare_readers(path, file, base)
+
+
+def in_need_of(file: bytes, base: bytes) -> bytes:
+    """The member with what its footer says of its dictionary made right."""
+    if len(file) < 160 or file[-28] != 2:
+        return file
+    try:
+        dictionary = bytes(minimal_reader.Nps(base).index)
+    except minimal_reader.Refused:
+        return file
+    footer, digest = bytearray(file[-96:]), blake3(dictionary).digest()
+    index = file[int.from_bytes(footer[:8], "little") : -96]
+    footer[32:64] = blake3(index + digest).digest()
+    footer[72:84] = len(dictionary).to_bytes(4, "little") + digest[:8]
+    footer[84:88] = zlib.crc32(footer[:84]).to_bytes(4, "little")
+    return file[:-96] + bytes(footer)
+
+
+def member_seeds() -> list[bytes]:
+    """A base of three tensors, by itself or compressed, with members that copy, drop and add."""
+    shared = [BaseTensor(f"layer.{i}", BY_NAME["BF16"], (4,), bytes([i]) * 32) for i in range(3)]
+
+    def file(names: list[str], metadata: dict[str, str]) -> tuple[bytes, bytes]:
+        """What comes before the index, and the index."""
+        stream = io.BytesIO()
+        writer = NpsWriter(stream)
+        for name in names:
+            index = int(name[-1]) % 3
+            copied = Op.COPY, ValueCodec.NONE, 0, index, shared[index].sha256
+            writer.add_tensor(TensorEntry(name, BY_NAME["BF16"], (4,), *copied))
+        writer.add_file("config.json", b"{}")
+        writer.finish(shared, metadata)
+        path = Path(_folder().name) / "seed.nps"
+        path.write_bytes(stream.getvalue())
+        with NpsReader(path) as nps:
+            return stream.getvalue()[: nps.index_offset], nps.raw_index
+
+    start, dictionary = file([tensor.name for tensor in shared], {})
+    footer = index_and_footer(dictionary, len(start))
+    seeds = []
+    for names in (["layer.0", "layer.1", "layer.2"], ["layer.2"], ["head.1", "layer.1", "x.2"]):
+        before, raw = file(names, {"base_name": "base"})
+        for known in (dictionary, b""):
+            member = before + index_and_footer(raw, len(before), known)
+            base = start + footer
+            for flags in (0, 0x10, 0xF1):
+                size = len(base).to_bytes(2, "little")
+                seeds.append(bytes([flags]) + size + base + member)
+    return seeds
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "reader": reader,
+    "members": members,
     "masks": masks,
     "zstd": zstd,
     "values": values,
@@ -553,4 +633,9 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "distances": distances,
     "quantised": quantised,
 }
-SEEDS = {"magnitudes": magnitude_seeds, "distances": distance_seeds, "quantised": quantised_seeds}
+SEEDS = {
+    "members": member_seeds,
+    "magnitudes": magnitude_seeds,
+    "distances": distance_seeds,
+    "quantised": quantised_seeds,
+}
