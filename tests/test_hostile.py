@@ -205,8 +205,8 @@ def test_work_of_a_bundle_is_bounded(tmp_path: Path) -> None:
 
     def member(writer: NpsWriter) -> list[BaseTensor]:
         identity(writer)
-        writer.add_chunks([EncodedChunk(0, MaskCodec.EMPTY, 0, False, b"", 0, (b"",))] * 106_000)
-        shape, values = (106_000 << 10,), ValueCodec.REPLACE
+        writer.add_chunks([EncodedChunk(0, MaskCodec.EMPTY, 0, False, b"", 0, (b"",))] * 123_000)
+        shape, values = (123_000 << 10,), ValueCodec.REPLACE
         writer.add_tensor(TensorEntry("t", U8, shape, Op.DELTA, values, 10, len(bases), bytes(32)))
         return [*bases, BaseTensor("t", U8, shape, bytes(32))]
 

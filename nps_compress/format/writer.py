@@ -118,17 +118,13 @@ class NpsWriter:
     ) -> int:
         """Write index and footer. Returns the size of the file in bytes.
 
-        Of digests that would take more than a percent of the file, only the start is stored. root:
-        the base root where the base's digests come from an index, perhaps only their start; then
-        they are stored as they are.
+        Of digests that would take more than a percent of the file, only the start is stored, and
+        of all where the base root is given, since more need not be known of the base's.
         """
         _check_order(base)
-        if root is None:
-            root = base_root(base)
-            digests = layout.DIGEST_BYTES * (len(base) + len(self._tensors))
-            short = digests > _DIGESTS_SHARE * self._offset
-        else:
-            short = any(len(tensor.digest) < layout.DIGEST_BYTES for tensor in base)
+        digests = layout.DIGEST_BYTES * (len(base) + len(self._tensors))
+        short = root is not None or digests > _DIGESTS_SHARE * self._offset
+        root = root or base_root(base)
         raw = self._index(base, metadata, short, root)
         if len(raw) > layout.MAX_INDEX_BYTES:
             raise InvalidArgumentError("index", f"{len(raw):,} bytes", "at most 1 GiB")
