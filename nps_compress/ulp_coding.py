@@ -88,11 +88,7 @@ def decode_distances(
     Raises:
         FormatError: P-TABLE, P-CODE, P-TAIL.
     """
-    data = np.frombuffer(stream, np.uint8)
-    context_of, shares = np.zeros(_EXPONENTS, np.uint8), np.zeros((MAX_CONTEXTS, _TOKENS), np.int64)
-    at = _read_table(data, 16 * itemsize, context_of, shares)
-    if at < 0 or (data.size - at) % 2 or data.size - at < 4 * _STATES:
-        raise FormatError(*_FAULTS[_BAD_TABLE])
+    context_of, shares, at = read_table(stream, itemsize)
     words = np.frombuffer(stream[at:], "<u2")  # aligned, so that one compiled loop does
     out = np.empty(exponents.size, np.uint32)
     bits = np.frombuffer(low, np.uint8)
@@ -100,6 +96,20 @@ def decode_distances(
     if status != _OK:
         raise FormatError(*_FAULTS[status])
     return out
+
+
+def read_table(stream: bytes, itemsize: int) -> tuple[Bytes, npt.NDArray[np.int64], int]:
+    """What needs no base: contexts of exponents, [256]; their shares; where the words begin.
+
+    Raises:
+        FormatError: P-TABLE.
+    """
+    data = np.frombuffer(stream, np.uint8)
+    context_of, shares = np.zeros(_EXPONENTS, np.uint8), np.zeros((MAX_CONTEXTS, _TOKENS), np.int64)
+    at = _read_table(data, 16 * itemsize, context_of, shares)
+    if at < 0 or (data.size - at) % 2 or data.size - at < 4 * _STATES:
+        raise FormatError(*_FAULTS[_BAD_TABLE])
+    return context_of, shares, at
 
 
 @jit
