@@ -136,7 +136,10 @@ def main() -> None:
         bound = 1 + 4 * largest / 2**30
         pair = work / "base", work / "tuned"
         steps: dict[str, tuple[object, ...]] = {
-            "pack magnitude 0.05": ("pack", *pair, "-o", work / "m.nps"),
+            "pack magnitude 0.05": (
+                *("pack", *pair, "-o", work / "m.nps"),
+                *("--prune", "magnitude", "--density", "0.05"),
+            ),
             "pack sampled 0.01": (
                 *("pack", *pair, "-o", work / "s.nps"),
                 *("--prune", "sampled", "--density", "0.01"),
