@@ -139,6 +139,10 @@ class TestByHand:
         ):
             assert mask_coding._odds(chance) == odds
 
+    def test_contexts_beyond_the_ends_are_those_at_the_ends(self):
+        wanted = {-16: 0, -1: 0, 0: 0, 1: 1, 32: 32, 62: 62, 63: 63, 64: 63, 104: 63}
+        assert {odds: mask_coding._context(odds) for odds in wanted} == wanted
+
     def test_moved(self):
         """Of 16 + n elements: floor(65536 / 16) = 4096, floor(65536 / 527) = 124 from 511 on."""
         half = 1 << 31
