@@ -30,7 +30,7 @@ WIDTHS = dict(zip(NAMES, (1, 1, 1, 2, 2, 4, 4, 8, 8, 1, 1, 1, 2, 2, 4, 8, 8), st
 COPY, DELTA, NEW = OPS = 1, 2, 3
 REPLACE, XOR, ULP, CODED_ULP, SIGNS, LEVELS, GRID = 1, 2, 3, 4, 16, 17, 18
 EMPTY, FULL, BITMASK, GAP8, GAP16 = range(5)
-DRAWN, PARAMETERS, CODED = 7, 8, 9
+DRAWN, PARAMETERS, CODED, LEARNED = 7, 8, 9, 10
 NO_BASE = 0xFFFFFFFF
 EXPONENT_AT = {"F16": (10, 31), "BF16": (7, 255), "F32": (23, 255)}  # section 6.6
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
@@ -184,14 +184,14 @@ def chunk_starts(table: memoryview, records: list[Record], index_offset: int) ->
     grid, has_bits = values == GRID, (values == SIGNS) | (values == GRID)
     special = [place < 0, values == SIGNS, grid & (nnz > 0)]
     special += [(values == LEVELS) | ((nnz == n) & ~grid), nnz == 0]
-    some = np.clip(codec, BITMASK, GAP16)
+    some = np.where(codec == LEARNED, LEARNED, np.clip(codec, BITMASK, GAP16))
     wanted = np.select(special, [PARAMETERS, DRAWN, CODED, FULL, EMPTY], some)
-    kinds = [codec == BITMASK, codec == GAP8, codec == GAP16, codec == CODED]
+    kinds = [codec == BITMASK, codec == GAP8, codec == GAP16, codec == CODED, codec == LEARNED]
     kinds += [(place < 0) & (values == code) for code in (SIGNS, LEVELS, GRID)]
-    low = np.select(kinds, [(n + 7) // 8, nnz, 2 * nnz, 8, 32 + 2 * lines, 2, 16 + 2 * lines])
-    more = [(n - nnz) // 255, (n - nnz) // 65535 * 2, 60 * n, 16 * 63]
-    high = low + np.select(kinds[1:5], more)
-    step = np.select(kinds[2:5], [2, 4, 16], 1)
+    low = np.select(kinds, [(n + 7) // 8, nnz, 2 * nnz, 8, 8, 32 + 2 * lines, 2, 16 + 2 * lines])
+    more = [(n - nnz) // 255, (n - nnz) // 65535 * 2, 60 * n, 4 * n, 16 * 63]
+    high = low + np.select(kinds[1:6], more)
+    step = np.select(kinds[2:6], [2, 4, 4, 16], 1)
     distances = values == CODED_ULP
     # Planes of a size that nnz implies.
     used = np.select([(place < 0) | distances, values >= SIGNS], [0, 1], width)
@@ -205,7 +205,9 @@ def chunk_starts(table: memoryview, records: list[Record], index_offset: int) ->
     for whole, is_frame, stored in [(raw, mask_z, mask_stored), *streams]:
         bad_frame = (stored >= whole) | (stored * 32768 < whole)
         bad_size |= np.where(is_frame != 0, bad_frame, stored != whole)
-    bad_z = (mask_z > (codec != CODED)) | (planes_z >> np.where(has_bits, 0, used) != 0)
+    bad_z = (mask_z > ((codec != CODED) & (codec != LEARNED))) | (
+        planes_z >> np.where(has_bits, 0, used) != 0
+    )
     for rule, bad in (
         ("C-NNZ", nnz > n),
         ("C-CODEC", (codec != wanted) | ((values == LEVELS) & (nnz != n))),
@@ -218,8 +220,9 @@ def chunk_starts(table: memoryview, records: list[Record], index_offset: int) ->
     starts = np.cumsum(np.append(64, (mask_stored + sum(planes) + 7) // 8 * 8))
     check(starts[-1] == index_offset, "C-LAYOUT", f"chunks end at {starts[-1]}")
     tables = 512 * np.clip((tokens - 17) // 5, 0, 64)
-    works = [n // 32, n // 8 + 4 * nnz, (nnz > 0) * (tables + width * nnz)]
-    work = np.select([codec == DRAWN, codec == CODED, distances], works)
+    works = [n // 32, n // 4 + 4 * nnz, n // 4]
+    work = np.select([codec == DRAWN, codec == CODED, codec == LEARNED], works)
+    work += distances * (nnz > 0) * (tables + width * nnz)
     total, limit = int((raw + sum(wholes) + work).sum()), 256 * (index_offset - 64) + (1 << 26)
     check(total <= limit, "C-EXPANSION", f"{total} bytes decoded, {limit} allowed")
     return starts
@@ -313,44 +316,82 @@ def draw(p: tuple, place: slice, nnz: int, plane: np.ndarray, what: str) -> tupl
     return kept.astype(np.int64), signed(gain * POWERS[s] * factors[u], plane, what)
 
 
-def decode_magnitudes(words: list[int], contexts: list[int], nnz: int, what: str) -> dict[int, int]:
-    """Section 6.5: the magnitudes that are not 0. A negative context stands for no code."""
-    stream, chances, found = iter(words), {}, {}
-    x = next(stream) + (next(stream) << 32)
-    check(x >> 32 > 0, "P-CODE", what)
+class Decisions:
+    """Section 6.5: a stream of decisions."""
 
-    def decide(*name: int) -> bool:
+    def __init__(self, words: list[int], what: str) -> None:
+        self._words, self._chances, self._what = iter(words), {}, what
+        self._x = next(self._words) + (next(self._words) << 32)
+        check(self._x >> 32 > 0, "P-CODE", what)
+
+    def next(self, *name: int) -> bool:
         """By the chance of this name; further bits have none."""
-        nonlocal x
-        a, m = chances.get(name, (1 << 31, 0))
+        a, m = self._chances.get(name, (1 << 31, 0))
         f = min(max(a >> 16, 1), 65535)
-        q, r = x >> 16, x & 0xFFFF
+        q, r = self._x >> 16, self._x & 0xFFFF
         bit = r < f
-        x = f * q + r if bit else (65536 - f) * q + r - f
-        if x >> 32 == 0:
-            word = next(stream, None)
-            check(word is not None, "P-CODE", what)
-            x = x << 32 | word
+        self._x = f * q + r if bit else (65536 - f) * q + r - f
+        if self._x >> 32 == 0:
+            word = next(self._words, None)
+            check(word is not None, "P-CODE", self._what)
+            self._x = self._x << 32 | word
         if name:
             a += ((bit << 32) - bit - a) * ((1 << 17) // (2 * m + 3)) >> 16
-            chances[name] = a, min(m + 1, 511)
+            self._chances[name] = a, min(m + 1, 511)
         return bit
 
+    def end(self) -> None:
+        check(next(self._words, None) is None and self._x == 1 << 32, "P-CODE", self._what)
+
+
+def decode_learned(words: list[int], place: slice, columns: int, nnz: int, what: str) -> list[int]:
+    """Section 5.1: the elements of a chunk that are kept."""
+    decisions, n, found, of_columns = Decisions(words, what), place.stop - place.start, [], {}
+    prior = (nnz << 32) // n
+
+    def h(y: int) -> int:
+        return 2 * (y.bit_length() - 1) + (y >> y.bit_length() - 2 & 1 if y > 1 else 0)
+
+    def odds(chance: int) -> int:
+        return h((chance >> 20) + 1) - h(4096 - (chance >> 20))
+
+    def moved(chance: int, bit: bool, m: int) -> int:
+        return chance + (((bit << 32) - bit - chance) * (65536 // (min(m, 511) + 16)) >> 16)
+
+    for i in range(n):
+        above, k = divmod(i, columns)
+        if i == 0 or (place.start + i) % columns == 0:
+            row, before = prior, 0
+        column = of_columns.get(k, prior)
+        bit = decisions.next(min(max(odds(row) + odds(column) - odds(prior) + 32, 0), 63))
+        if bit:
+            check(len(found) < nnz, "P-POPCOUNT", what)
+            found.append(i)
+        row, of_columns[k] = moved(row, bit, before), moved(column, bit, above)
+        before += 1
+    check(len(found) == nnz, "P-POPCOUNT", what)
+    decisions.end()
+    return found
+
+
+def decode_magnitudes(words: list[int], contexts: list[int], nnz: int, what: str) -> dict[int, int]:
+    """Section 6.5: the magnitudes that are not 0. A negative context stands for no code."""
+    decisions, found = Decisions(words, what), {}
     for i, context in enumerate(contexts):
         if context < 0:
             continue
         bits = 0
-        while bits < 15 and decide(context, bits):
+        while bits < 15 and decisions.next(context, bits):
             bits += 1
         magnitude = int(bits > 0)
         for below in range(bits - 1):
             name = () if below else (context, bits, 1)
-            magnitude = 2 * magnitude + decide(*name)
+            magnitude = 2 * magnitude + decisions.next(*name)
         if magnitude:
             check(len(found) < nnz, "P-POPCOUNT", what)
             found[i] = magnitude
     check(len(found) == nnz, "P-POPCOUNT", what)
-    check(next(stream, None) is None and x == 1 << 32, "P-CODE", what)
+    decisions.end()
     return found
 
 
@@ -389,6 +430,7 @@ def parse_contexts(stream: bytes, most: int, what: str) -> tuple[list[int], list
         check(good and not any(shares[1:2]), "P-TABLE", what)
         firsts.append(first)
         contexts.append(list(accumulate(shares, initial=0)))
+    check((len(stream) - at) % 2 == 0 and len(stream) - at >= 16, "P-TABLE", what)
     return firsts[1:], contexts, at
 
 
@@ -396,7 +438,6 @@ def decode_distances(dtype: str, stream: bytes, low: bytes, b: list[int], what: 
     """Section 6.6: the payload words, p = z - 1. b: the base's words that are kept."""
     shift, field = EXPONENT_AT[dtype]
     firsts, contexts, at = parse_contexts(stream, 16 * WIDTHS[dtype], what)
-    check((len(stream) - at) % 2 == 0 and len(stream) - at >= 16, "P-TABLE", what)
     states = list(struct.unpack_from("<4I", stream, at))
     check(min(states) >= 1 << 16, "P-CODE", what)
     words = iter(np.frombuffer(stream, "<u2", offset=at + 16).tolist())
@@ -574,7 +615,11 @@ class Nps:
                 stream = self._data[start:end]
                 if (mask_z | planes_z << 1) >> j & 1:
                     stream = inflate(stream, nnz if j else mask_raw, "P-ZSTD", what)
-                if j == 0 and i >= 0:
+                if j == 0 and codec == LEARNED:
+                    code = np.frombuffer(stream, "<u4").tolist()
+                    columns = matrix(record.shape)[1]
+                    kept = np.array(decode_learned(code, place, columns, nnz, what), np.int64)
+                elif j == 0 and i >= 0:
                     kept = decode_mask(codec, stream, place.stop - place.start, nnz, what)
                 streams.append(np.frombuffer(stream, np.uint8))
             if i < 0:
@@ -589,8 +634,10 @@ class Nps:
                 yield place, kept, streams[1].view(np.int8).astype(np.float32) * parameters
             elif record.value_codec == CODED_ULP:
                 payload = []
-                if words is not None and nnz:
-                    tokens, low = bytes(streams[1]), bytes(streams[2])
+                tokens, low = bytes(streams[1]), bytes(streams[2])
+                if words is None and nnz:
+                    parse_contexts(tokens, 16 * width, what)
+                elif nnz:
                     b = words[place][kept].tolist()
                     payload = decode_distances(record.dtype, tokens, low, b, what)
                 yield place, kept, np.array(payload, f"<u{width}")

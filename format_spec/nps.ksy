@@ -531,6 +531,7 @@ types:
             : nnz == 0 ? _ == mask_codec::empty
             : nnz == elements ? _ == mask_codec::full
             : _ == mask_codec::bitmask or _ == mask_codec::gap8 or _ == mask_codec::gap16
+              or _ == mask_codec::learned
           # C-CODEC
         doc: |
           Empty exactly where nnz is 0, full exactly where all elements are kept, but for the value
@@ -543,7 +544,8 @@ types:
       - id: mask_compressed
         type: u1
         valid:
-          max: 'mask_codec == mask_codec::coded ? 0 : 1'  # C-FLAGS
+          max: 'mask_codec == mask_codec::coded or mask_codec == mask_codec::learned ? 0 : 1'
+          # C-FLAGS
         doc: 1 where the mask is a zstd frame.
       - id: planes_compressed
         type: u1
@@ -571,6 +573,9 @@ types:
             : mask_codec == mask_codec::coded
               ? mask_raw_bytes % 4 == 0 and mask_raw_bytes >= 8
                 and mask_raw_bytes <= 8 + 60 * elements
+            : mask_codec == mask_codec::learned
+              ? mask_raw_bytes % 4 == 0 and mask_raw_bytes >= 8
+                and mask_raw_bytes <= 8 + 4 * elements
             : mask_raw_bytes == 0
           # C-MASKSIZE
       - id: check_mask_stored_bytes
@@ -634,10 +639,10 @@ types:
         doc: Contexts of distances for which plane 0 may have room.
       work:
         value: |
-          mask_codec == mask_codec::drawn ? elements / 32
-          : mask_codec == mask_codec::coded ? elements / 8 + 4 * nnz
-          : has_distances ? 512 * most_contexts + nnz * tensor.width
-          : 0
+          (mask_codec == mask_codec::drawn ? elements / 32
+           : mask_codec == mask_codec::coded ? elements / 4 + 4 * nnz
+           : mask_codec == mask_codec::learned ? elements / 4
+           : 0) + (has_distances ? 512 * most_contexts + nnz * tensor.width : 0)
         doc: |
           What finding out which elements are kept, or how large their distances are, counts as, in
           bytes.
@@ -1092,6 +1097,9 @@ enums:
     9:
       id: coded
       doc: What has a magnitude other than 0 is kept; the stream is arithmetic-coded.
+    10:
+      id: learned
+      doc: A decision for each element, by how often its row and column were kept before.
   value_codec:
     0:
       id: none

@@ -17,10 +17,11 @@ import numpy as np
 import numpy.typing as npt
 import zstandard
 
-from nps_compress import ulp_coding
+from nps_compress import entropy_coding, mask_coding, ulp_coding
 from nps_compress._jit import jit
 from nps_compress.dtypes import PRUNABLE, DType, Words
 from nps_compress.errors import FormatError
+from nps_compress.mask_coding import Place
 
 Positions = npt.NDArray[np.uint32]  # ascending, within the chunk
 
@@ -33,6 +34,9 @@ _GAP8_ESCAPE, _GAP16_ESCAPE = 0xFF, 0xFFFF
 # Outside these densities the other codec was never the smaller one on random masks.
 _BITMASK_FROM, _GAP8_UNTIL = 0.07, 0.15
 _GAP8_FROM, _GAP16_UNTIL = 0.002, 0.01
+_ONE_ROW = Place(0, 1 << 48)
+# A learned mask takes far longer to decode than others: this share of their bytes it must save.
+_LEARNED_SAVES = 1 / 32
 
 
 class MaskCodec(IntEnum):
@@ -46,6 +50,7 @@ class MaskCodec(IntEnum):
     DRAWN = 7  # follow from the tensor's parameters (sign_codec.py)
     PARAMETERS = 8  # not a mask: the first chunk of a tensor that has them
     CODED = 9  # come with the magnitudes of integers (grid_codec.py)
+    LEARNED = 10  # as likely as in their row and column so far (mask_coding.py)
 
 
 class ValueCodec(IntEnum):
@@ -108,12 +113,19 @@ class EncodedChunk:
 # What a reader does for what is not stored as such counts as bytes of decoded streams, of which
 # the format allows so many for each byte of a file. All for ints and int64 arrays alike.
 
-DRAWN_PER_BYTE, CODED_PER_BYTE, BYTES_PER_CODED = 32, 8, 4
+DRAWN_PER_BYTE, CODED_PER_BYTE, BYTES_PER_CODED = 32, 4, 4
+# For each byte stored, work that no writer goes beyond, since C-EXPANSION allows little more.
+MOST_WORK = 255
 
 
 def drawing_work(numel: Any) -> Any:
     """Of drawing which of so many elements are kept."""
     return numel // DRAWN_PER_BYTE
+
+
+def learning_work(numel: Any) -> Any:
+    """Of decoding a learned mask of so many elements."""
+    return numel // CODED_PER_BYTE
 
 
 def decoding_work(numel: Any, nnz: Any) -> Any:
@@ -290,8 +302,42 @@ class Gap16Codec:
         return positions
 
 
-MASK_CODECS: dict[MaskCodec, type[BitmaskCodec] | type[Gap8Codec] | type[Gap16Codec]] = {
-    codec.id: codec for codec in (BitmaskCodec, Gap8Codec, Gap16Codec)
+class LearnedCodec:
+    """A binary decision per element, by how often its row and column were kept so far."""
+
+    id = MaskCodec.LEARNED
+
+    @staticmethod
+    def raw_bytes_range(numel: Any, nnz: Any) -> tuple[int, Any]:
+        """The least and most bytes the stream can have; a multiple of 4."""
+        return mask_coding.stream_bytes_range(numel)
+
+    @staticmethod
+    def encode(positions: Positions, numel: int, place: Place = _ONE_ROW) -> bytes:
+        """positions: [nnz] uint32, ascending, nnz from 1 to numel - 1 -> the stream."""
+        return mask_coding.encode_positions(positions, numel, place)
+
+    @staticmethod
+    def decode(data: bytes, numel: int, nnz: int, place: Place = _ONE_ROW) -> Positions:
+        """The stream -> [nnz] uint32. Raises FormatError (P-CODE, P-POPCOUNT)."""
+        positions = np.empty(nnz, np.uint32)
+        status = mask_coding.decode_positions(data, numel, place, positions)
+        if status != entropy_coding.OK:
+            raise FormatError(*_LEARNED_FAULTS[status])
+        return positions
+
+
+_LEARNED_FAULTS = {
+    entropy_coding.ENDS_EARLY: ("P-CODE", "the mask ends before all is decoded"),
+    entropy_coding.ENDS_LATE: ("P-CODE", "the mask doesn't end where it should"),
+    entropy_coding.MISCOUNTED: (
+        "P-POPCOUNT",
+        "mask keeps another number of elements than its record says",
+    ),
+}
+_AnyMask = type[BitmaskCodec] | type[Gap8Codec] | type[Gap16Codec] | type[LearnedCodec]
+MASK_CODECS: dict[MaskCodec, _AnyMask] = {
+    codec.id: codec for codec in (BitmaskCodec, Gap8Codec, Gap16Codec, LearnedCodec)
 }
 
 
@@ -302,21 +348,30 @@ def mask_raw_bytes_range(codec: MaskCodec, numel: Any, nnz: Any) -> tuple[Any, A
     return MASK_CODECS[codec].raw_bytes_range(numel, nnz)
 
 
-def decode_mask(codec: MaskCodec, data: bytes, numel: int, nnz: int) -> Positions | None:
+def decode_mask(
+    codec: MaskCodec, data: bytes, numel: int, nnz: int, place: Place = _ONE_ROW
+) -> Positions | None:
     """Kept positions of a chunk, ascending; None where all are kept. Raises FormatError (P-*)."""
     if codec is MaskCodec.EMPTY:
         return np.empty(0, np.uint32)
     if codec is MaskCodec.FULL:
         return None
+    if codec is MaskCodec.LEARNED:
+        return LearnedCodec.decode(data, numel, nnz, place)
     return MASK_CODECS[codec].decode(data, numel, nnz)
 
 
 def encode_mask(
-    positions: Positions, numel: int, level: int = DEFAULT_LEVEL, bits: Bytes | None = None
+    positions: Positions,
+    numel: int,
+    level: int = DEFAULT_LEVEL,
+    place: Place | None = None,
+    bits: Bytes | None = None,
 ) -> tuple[MaskCodec, int, bytes, bool]:
     """The smallest of the codecs that can win at this density: codec, raw bytes, stored, zstd?
 
-    bits: [ceil(numel / 8)], the bitmask, where it is known already.
+    place: None where a learned mask is not to be tried. bits: [ceil(numel / 8)], the bitmask, where
+    it is known already.
     """
     nnz = len(positions)
     if nnz == 0:
@@ -341,6 +396,11 @@ def encode_mask(
         if best is None or len(stored) < len(best[2]):
             best = (codec.id, len(raw), stored, compressed)
     assert best is not None
+    if place is not None:
+        learned = LearnedCodec.encode(positions, numel, place)
+        pays = len(learned) <= (1 - _LEARNED_SAVES) * len(best[2])
+        if pays and learning_work(numel) <= (MOST_WORK - 1) * len(learned):
+            return MaskCodec.LEARNED, len(learned), learned, False
     return best
 
 
@@ -604,9 +664,17 @@ def decode_planes(stored: Sequence[bytes], compressed: int, nnz: int) -> npt.NDA
 
 
 def encode_chunk(
-    base: Words | None, new: Words, dtype: DType, codec: ValueCodec, level: int = DEFAULT_LEVEL
+    base: Words | None,
+    new: Words,
+    dtype: DType,
+    codec: ValueCodec,
+    level: int = DEFAULT_LEVEL,
+    place: Place | None = None,
 ) -> EncodedChunk:
-    """Encode what turns ``base`` into ``new``, [numel] words each; base None: keep all."""
+    """Encode what turns ``base`` into ``new``, [numel] words each; base None: keep all.
+
+    place: of the chunk, where its mask may be a learned one.
+    """
     if base is None:
         positions = None
         nnz = new.size
@@ -616,11 +684,11 @@ def encode_chunk(
         bits = np.packbits(base != new, bitorder="little")
         positions = _positions_of(bits)
         nnz = len(positions)
-        mask = encode_mask(positions, new.size, level, bits)
+        mask = encode_mask(positions, new.size, level, place, bits)
     compressed, planes = _encode_values(codec, base, new, positions, dtype, level)
-    work = 0
+    work = learning_work(new.size) if mask[0] is MaskCodec.LEARNED else 0
     if codec is ValueCodec.CODED_ULP and planes:
-        work = distances_work(len(planes[0]), dtype.itemsize, nnz)
+        work += distances_work(len(planes[0]), dtype.itemsize, nnz)
     return EncodedChunk(nnz, mask[0], mask[1], mask[3], mask[2], compressed, planes, work)
 
 

@@ -16,6 +16,7 @@ from nps_compress.candidates import SLICE, Loaded, Pruner, kind_of
 from nps_compress.checkpoint import Checkpoint, Pair
 from nps_compress.codecs import (
     EXACT_CODECS,
+    MOST_WORK,
     EncodedChunk,
     ValueCodec,
     best_value_codec,
@@ -27,7 +28,9 @@ from nps_compress.errors import InvalidArgumentError
 from nps_compress.format.layout import MIN_CHUNK_LOG2, Op
 from nps_compress.format.records import BaseTensor, TensorEntry
 from nps_compress.grid_codec import GridParameters, encode_grid
+from nps_compress.mask_coding import Place
 from nps_compress.prune import Levels, Selection
+from nps_compress.rank_one import rows_and_columns
 from nps_compress.sign_codec import (
     encode_levels,
     encode_signs,
@@ -46,10 +49,12 @@ LEVELS: tuple[Level, ...] = get_args(Level)
 
 @dataclass(frozen=True)
 class Effort:
-    """What exact values may cost to encode: the level of zstd, and the codecs to choose from."""
+    """What exact values may cost to encode: the level of zstd, the codecs to choose from, and
+    whether masks may be learned ones, which take several times as long to decode."""
 
     zstd: int
     codecs: Sequence[ValueCodec] = EXACT_CODECS
+    learned_masks: bool = False
 
 
 def effort_of(level: str) -> Effort:
@@ -57,7 +62,7 @@ def effort_of(level: str) -> Effort:
     efforts = {
         "fast": Effort(1, [codec for codec in EXACT_CODECS if codec != ValueCodec.CODED_ULP]),
         "default": Effort(3),
-        "max": Effort(19),
+        "max": Effort(19, learned_masks=True),
     }
     if level not in efforts:
         raise InvalidArgumentError("level", level, f"one of {', '.join(LEVELS)}")
@@ -145,6 +150,9 @@ def _encode_tensor(
             found = pruner.grid_parameters(name, loaded, selection)
             if found:
                 codec, chunk_log2, chunks = _encode_grid(found, multiples, changed)
+                work = sum(chunk.raw_bytes + chunk.work for chunk in chunks)
+                if work > MOST_WORK * _stored_bytes(chunks):
+                    chunks = []
     if chunks:
         op = Op.DELTA
     elif changed:
@@ -153,10 +161,11 @@ def _encode_tensor(
         parts = [slice(start, start + size) for start in range(0, before.size, size)]
         middle = parts[len(parts) // 2]
         codec = best_value_codec(before[middle], after[middle], base_dtype, effort.codecs)
-        chunks = [
-            encode_chunk(before[part], after[part], base_dtype, codec, effort.zstd)
-            for part in parts
-        ]
+        columns = rows_and_columns(stored.shape)[1]
+        for part in parts:
+            place = Place(part.start, columns) if effort.learned_masks else None
+            words = before[part], after[part]
+            chunks.append(encode_chunk(*words, base_dtype, codec, effort.zstd, place))
     entry = TensorEntry(
         name, base_dtype, stored.shape, op, codec, chunk_log2, base_index[base_name], digest(after)
     )

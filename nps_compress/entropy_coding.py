@@ -20,19 +20,19 @@ from nps_compress._jit import jit
 CONTEXTS = 64
 MAX_MAGNITUDE = (1 << 15) - 1
 _LENGTHS = MAX_MAGNITUDE.bit_length()
-_STATE_BYTES, _WORD_BYTES = 8, 4
+STATE_BYTES, WORD_BYTES = 8, 4
 
 OK, ENDS_EARLY, ENDS_LATE, MISCOUNTED = range(4)
 
 # How far a decision moves a chance that n others have moved, in units of 2^-16: 1 / (n + 1.5).
 _RATES = np.array([(1 << 17) // (2 * n + 3) for n in range(512)], np.int64)
-_EVEN = np.int64(1 << 31)
+EVEN = np.int64(1 << 31)
 _LEARNED = 2 * (_LENGTHS + 1)  # a context's chances: by length, of more, and of the next bit
 
 
 def stream_bytes_range(numel: Any) -> tuple[int, Any]:
     """The least and most bytes of a stream of so many magnitudes; an int or an int64 array."""
-    return _STATE_BYTES, _STATE_BYTES + _WORD_BYTES * _LENGTHS * numel
+    return STATE_BYTES, STATE_BYTES + WORD_BYTES * _LENGTHS * numel
 
 
 def encode_magnitudes(magnitudes: npt.NDArray[np.int16], contexts: npt.NDArray[np.int8]) -> bytes:
@@ -41,9 +41,7 @@ def encode_magnitudes(magnitudes: npt.NDArray[np.int16], contexts: npt.NDArray[n
     lengths = int(np.frexp(np.float32(magnitudes.max(initial=0)))[1])
     decisions = np.empty(int((contexts >= 0).sum()) * (2 * lengths + 1), np.uint32)
     made = _decide(magnitudes, contexts, decisions)
-    words = np.empty(made // 2 + 3, np.uint32)
-    first = _encode(decisions[:made], words)
-    return words[first:].astype("<u4").tobytes()
+    return encode_decisions(decisions[:made])
 
 
 def decode_magnitudes(
@@ -61,8 +59,15 @@ def decode_magnitudes(
     return status
 
 
+def encode_decisions(decisions: npt.NDArray[np.uint32]) -> bytes:
+    """The stream. decisions: [n], each 2 * (share of a 1, in units of 2^-16) + (the bit)."""
+    words = np.empty(decisions.size // 2 + 3, np.uint32)
+    first = _encode(decisions, words)
+    return words[first:].astype("<u4").tobytes()
+
+
 @jit
-def _learn(chances, seen, at, bit):  # type: ignore[no-untyped-def]
+def learn(chances, seen, at, bit):  # type: ignore[no-untyped-def]
     """Move the chance of a 1, in units of 2^-32, towards what was seen."""
     target = np.int64(4294967295) if bit else np.int64(0)
     chances[at] += ((target - chances[at]) * _RATES[seen[at]]) >> np.int64(16)
@@ -71,7 +76,7 @@ def _learn(chances, seen, at, bit):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _share(chance):  # type: ignore[no-untyped-def]
+def share_of(chance):  # type: ignore[no-untyped-def]
     """A chance in units of 2^-16, at least one of them on either side."""
     return min(max(chance >> np.int64(16), np.int64(1)), np.int64(65535))
 
@@ -79,7 +84,7 @@ def _share(chance):  # type: ignore[no-untyped-def]
 @jit
 def _decide(magnitudes, contexts, decisions):  # type: ignore[no-untyped-def]
     """Each decision as 2 * (share of a 1) + (what was decided)."""
-    chances = np.full(CONTEXTS * _LEARNED, _EVEN)
+    chances = np.full(CONTEXTS * _LEARNED, EVEN)
     seen = np.zeros(chances.size, np.int64)
     made = 0
     for i in range(magnitudes.size):
@@ -90,9 +95,9 @@ def _decide(magnitudes, contexts, decisions):  # type: ignore[no-untyped-def]
         length = 0
         while length < _LENGTHS:
             longer = np.int64((magnitude >> length) != 0)
-            decisions[made] = np.uint32(2 * _share(chances[at + length]) + longer)
+            decisions[made] = np.uint32(2 * share_of(chances[at + length]) + longer)
             made += 1
-            _learn(chances, seen, at + length, longer)
+            learn(chances, seen, at + length, longer)
             if not longer:
                 break
             length += 1
@@ -101,8 +106,8 @@ def _decide(magnitudes, contexts, decisions):  # type: ignore[no-untyped-def]
             bit = (magnitude >> below) & 1
             share = np.int64(32768)
             if below == length - 2:
-                share = _share(chances[at])
-                _learn(chances, seen, at, bit)
+                share = share_of(chances[at])
+                learn(chances, seen, at, bit)
             decisions[made] = np.uint32(2 * share + bit)
             made += 1
     return made
@@ -132,7 +137,7 @@ def _encode(decisions, words):  # type: ignore[no-untyped-def]
 
 @jit
 def _decode(words, contexts, positions, magnitudes):  # type: ignore[no-untyped-def]
-    chances = np.full(CONTEXTS * _LEARNED, _EVEN)
+    chances = np.full(CONTEXTS * _LEARNED, EVEN)
     seen = np.zeros(chances.size, np.int64)
     state = (np.uint64(words[1]) << np.uint64(32)) | np.uint64(words[0])
     if state >> np.uint64(32) == 0:
@@ -148,7 +153,7 @@ def _decode(words, contexts, positions, magnitudes):  # type: ignore[no-untyped-
         magnitude = np.int64(0)
         while True:
             learned = magnitude < 2
-            share = np.uint64(_share(chances[at])) if learned else np.uint64(32768)
+            share = np.uint64(share_of(chances[at])) if learned else np.uint64(32768)
             low = state & np.uint64(0xFFFF)
             one = int(low < share)
             if one:
@@ -161,7 +166,7 @@ def _decode(words, contexts, positions, magnitudes):  # type: ignore[no-untyped-
                 state = (state << np.uint64(32)) | np.uint64(words[at_word])
                 at_word += 1
             if learned:
-                _learn(chances, seen, at, one)
+                learn(chances, seen, at, one)
             if magnitude:
                 magnitude = 2 * magnitude + one
                 below -= 1

@@ -114,17 +114,27 @@ def apply_distances(
         positions = np.arange(words.size, dtype=np.uint32)
     if not positions.size:
         return
-    data = np.frombuffer(stream, np.uint8)
-    context_of, shares = np.zeros(_EXPONENTS, np.uint8), np.zeros((MAX_CONTEXTS, _TOKENS), np.int64)
-    at = _read_table(data, 16 * dtype.itemsize, context_of, shares)
-    if at < 0 or (data.size - at) % 2 or data.size - at < 4 * _STATES:
-        raise FormatError(*_FAULTS[_BAD_TABLE])
+    context_of, shares, at = read_table(stream, dtype.itemsize)
     coded = np.frombuffer(stream[at:], "<u2")  # aligned, so that one compiled loop does
     bits = np.frombuffer(low + bytes(_REFILL), np.uint8)
     mantissa = MANTISSA_BITS[dtype.name]
     status: int = _apply(coded, bits, context_of, shares, positions, words, mantissa)
     if status != _OK:
         raise FormatError(*_FAULTS[status])
+
+
+def read_table(stream: bytes, itemsize: int) -> tuple[Bytes, npt.NDArray[np.int64], int]:
+    """What needs no base: contexts of exponents, [256]; their shares; where the words begin.
+
+    Raises:
+        FormatError: P-TABLE.
+    """
+    data = np.frombuffer(stream, np.uint8)
+    context_of, shares = np.zeros(_EXPONENTS, np.uint8), np.zeros((MAX_CONTEXTS, _TOKENS), np.int64)
+    at = _read_table(data, 16 * itemsize, context_of, shares)
+    if at < 0 or (data.size - at) % 2 or data.size - at < 4 * _STATES:
+        raise FormatError(*_FAULTS[_BAD_TABLE])
+    return context_of, shares, at
 
 
 @jit

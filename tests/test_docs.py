@@ -10,7 +10,7 @@ import re
 import pytest
 from conftest import ROOT
 
-from nps_compress import codecs, entropy_coding, rank_one, sign_codec, ulp_coding
+from nps_compress import codecs, entropy_coding, mask_coding, rank_one, sign_codec, ulp_coding
 from nps_compress.cli import main
 from nps_compress.codecs import MaskCodec, ValueCodec
 from nps_compress.dtypes import DTYPES
@@ -122,6 +122,7 @@ def test_spec_limits_are_the_code():
         stated[name] = [int(number) ** int(power or 1) for number, power in numbers]
     none, one = (entropy_coding.stream_bytes_range(numel) for numel in (0, 1))
     assert none == (one[0], one[0])
+    least_mask = mask_coding.stream_bytes_range(0)[1]
     tokens = [ulp_coding.most_token_bytes(nnz) for nnz in (0, 1)]
     least = ulp_coding.LEAST_TOKEN_BYTES
     works = [codecs.distances_work(least + more, 2, 0) for more in range(6)]
@@ -143,12 +144,18 @@ def test_spec_limits_are_the_code():
         "expansion of all streams": [layout.MAX_EXPANSION, layout.EXPANSION_SLACK],
         "elements that are drawn, as bytes": [1, codecs.DRAWN_PER_BYTE],
         "elements that are coded, as bytes": [1, codecs.CODED_PER_BYTE, codecs.BYTES_PER_CODED],
+        "elements of learned masks, as bytes": [1, codecs.CODED_PER_BYTE],
         "coded distances, as bytes": [codecs.distances_work(0, itemsize, 1) for itemsize in (2, 4)],
         "contexts of distances, as bytes": [works[0], works.index(2 * works[0]), least],
         "bytes of metadata": [layout.MAX_METADATA_BYTES],
         "window of a zstd frame": [codecs.MAX_ZSTD_WINDOW],
         "subspaces of signs": [1, sign_codec.SUBSPACES],
         "bytes of coded magnitudes": [none[0], 0, one[1] - one[0]],
+        "bytes of a learned mask": [
+            least_mask,
+            0,
+            mask_coding.stream_bytes_range(1)[1] - least_mask,
+        ],
         "bytes of tokens": [least, tokens[0], tokens[1] - tokens[0]],
         "bytes of low bits": [0, 16 - ulp_coding.most_low_bytes(2, 8), 8],
         "contexts of distances": [1, ulp_coding.MAX_CONTEXTS],

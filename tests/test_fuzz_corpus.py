@@ -31,6 +31,8 @@ def test_corpus(name):
         ("values", "codecs.apply_payload", lambda *_: None),
         ("magnitudes", "entropy_coding.decode_magnitudes", lambda *_: 0),
         ("magnitudes", "entropy_coding.encode_magnitudes", lambda *_: b"x"),
+        ("learned", "mask_coding.decode_positions", lambda *_: 0),
+        ("learned", "mask_coding.encode_positions", lambda *_: b"x"),
         ("distances", "ulp_coding.apply_distances", lambda *_: None),
         ("distances", "ulp_coding.encode_distances", lambda *_: (ALL_THREE, b"")),
         ("quantised", "grid_codec.add_changes", lambda *_: None),

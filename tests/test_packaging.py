@@ -32,6 +32,7 @@ ORDER = [
     "rounding",
     "rank_one",
     "entropy_coding",
+    "mask_coding",
     "ulp_coding",
     "codecs",
     "sign_codec",

@@ -27,6 +27,7 @@ from nps_compress.format.layout import Op
 from nps_compress.format.records import BaseTensor, TensorEntry
 from nps_compress.format.writer import NpsWriter
 from nps_compress.grid_codec import GridParameters, encode_grid
+from nps_compress.mask_coding import Place
 from nps_compress.rank_one import LARGEST, ZERO, RankOne, rows_and_columns
 from nps_compress.reconstruct import Task
 from nps_compress.sign_codec import parameter_chunk
@@ -64,7 +65,13 @@ def deltas(draw: st.DrawFn) -> tuple[DType, list[int], Words, Words]:
 
 
 def encode(
-    before: Words, after: Words, dtype: DType, mask: MaskCodec, values: ValueCodec, level: int
+    before: Words,
+    after: Words,
+    dtype: DType,
+    mask: MaskCodec,
+    values: ValueCodec,
+    level: int,
+    place: Place,
 ) -> EncodedChunk:
     """One chunk by the mask codec asked for, where it can hold this mask."""
     chunk = codecs.encode_chunk(before, after, dtype, values, max(level, 1))
@@ -73,7 +80,10 @@ def encode(
     if chunk.mask_codec in (MaskCodec.EMPTY, MaskCodec.FULL):
         return chunk
     positions = np.flatnonzero(before != after).astype(np.uint32)
-    raw = codecs.MASK_CODECS[mask].encode(positions, before.size)
+    if mask is MaskCodec.LEARNED:
+        raw, level = codecs.LearnedCodec.encode(positions, before.size, place), 0
+    else:
+        raw = codecs.MASK_CODECS[mask].encode(positions, before.size)
     stored, smaller = codecs.compress_if_smaller(raw, level) if level else (raw, False)
     return EncodedChunk(
         chunk.nnz, mask, len(raw), smaller, stored, chunk.planes_compressed, chunk.planes
@@ -99,7 +109,10 @@ def test_round_trip(tmp_path_factory, delta, mask, values, chunk_log2, level):
     base = [BaseTensor("w", dtype, tuple(shape), digest(before))]
     stream = io.BytesIO()
     writer = NpsWriter(stream)
-    writer.add_chunks(encode(before[p], after[p], dtype, mask, values, level) for p in parts)
+    columns = rows_and_columns(tuple(shape))[1]
+    for p in parts:
+        place = Place(p.start, columns)
+        writer.add_chunks([encode(before[p], after[p], dtype, mask, values, level, place)])
     writer.add_tensor(
         TensorEntry("w", dtype, tuple(shape), Op.DELTA, values, chunk_log2, 0, digest(after))
     )
@@ -210,7 +223,7 @@ def regions(data: bytes) -> list[tuple[int, np.dtype]]:
     place = int(footer["index_offset"])
     head = np.frombuffer(data, layout.INDEX_HEAD, 1, place)[0]
     found = [(0, layout.HEADER), (len(data) - 96, layout.FOOTER), (place, layout.INDEX_HEAD)]
-    place += 64
+    place += layout.INDEX_HEAD.itemsize
     for field, dtype in (
         ("base_records", layout.BASE_RECORD),
         ("tensor_records", layout.TENSOR_RECORD),
@@ -241,7 +254,7 @@ def hostile(draw: st.DrawFn) -> bytes:
         values = [0, 1, 2, most, most - 1, most >> 1, (most >> 1) + 1, old + 1, old - 1, neighbour]
         value = draw(st.sampled_from(values)) & most
         data[position : position + width] = value.to_bytes(width, "little")
-    return targets.repaired(bytes(data), draw(st.sampled_from([1, 3, 7, 15])))
+    return targets.repaired(bytes(data), draw(st.sampled_from([1, 3, 7, 15, 31])))
 
 
 @settings(deadline=None, max_examples=1500)
@@ -261,7 +274,7 @@ def test_hostile_fields_reach_the_rules_behind_the_checksums(tmp_path):
             dtype, offset = record.fields[name][:2]
             changed = bytearray(data)
             changed[start + offset : start + offset + dtype.itemsize] = b"\xff" * dtype.itemsize
-            for flags in (1, 15):
+            for flags in (1, 15, 31):
                 file = targets.repaired(bytes(changed), flags)
                 path = tmp_path / "x.nps"
                 path.write_bytes(file)

@@ -1,4 +1,4 @@
-# From nps.ksy, SHA-256 b3b0c7c28edcf3d4a8acfa32a0e938dc7db0c527c19c3ca55e01e3fd167c4f84
+# From nps.ksy, SHA-256 aeaf2f459f1f04176e39bd0e5a3a19a9993e5d615a014f51fb1de389290d2d1b
 # This is a generated file! Please edit source .ksy file and use kaitai-struct-compiler to rebuild
 # type: ignore
 
@@ -53,6 +53,7 @@ class Nps(KaitaiStruct):
         drawn = 7
         parameters = 8
         coded = 9
+        learned = 10
 
     class Op(IntEnum):
         copy = 1
@@ -347,15 +348,15 @@ class Nps(KaitaiStruct):
                 raise kaitaistruct.ValidationGreaterThanError(self.elements, self.nnz, self._io, u"/types/chunk_record/seq/2")
             self.mask_codec = KaitaiStream.resolve_enum(Nps.MaskCodec, self._io.read_u1())
             _ = self.mask_codec
-            if not (_ == Nps.MaskCodec.parameters if self.is_parameters else (_ == Nps.MaskCodec.drawn if self.tensor.is_signs else (_ == (Nps.MaskCodec.empty if self.nnz == 0 else Nps.MaskCodec.coded) if self.tensor.is_grid else ( ((_ == Nps.MaskCodec.full) and (self.nnz == self.elements))  if self.tensor.has_parameters else (_ == Nps.MaskCodec.empty if self.nnz == 0 else (_ == Nps.MaskCodec.full if self.nnz == self.elements else  ((_ == Nps.MaskCodec.bitmask) or (_ == Nps.MaskCodec.gap8) or (_ == Nps.MaskCodec.gap16)) )))))):
+            if not (_ == Nps.MaskCodec.parameters if self.is_parameters else (_ == Nps.MaskCodec.drawn if self.tensor.is_signs else (_ == (Nps.MaskCodec.empty if self.nnz == 0 else Nps.MaskCodec.coded) if self.tensor.is_grid else ( ((_ == Nps.MaskCodec.full) and (self.nnz == self.elements))  if self.tensor.has_parameters else (_ == Nps.MaskCodec.empty if self.nnz == 0 else (_ == Nps.MaskCodec.full if self.nnz == self.elements else  ((_ == Nps.MaskCodec.bitmask) or (_ == Nps.MaskCodec.gap8) or (_ == Nps.MaskCodec.gap16) or (_ == Nps.MaskCodec.learned)) )))))):
                 raise kaitaistruct.ValidationExprError(self.mask_codec, self._io, u"/types/chunk_record/seq/3")
             self.check_full = self._io.read_bytes(0)
             _ = self.check_full
             if not  ((self.tensor.op != Nps.Op.new) or (self.mask_codec == Nps.MaskCodec.full)) :
                 raise kaitaistruct.ValidationExprError(self.check_full, self._io, u"/types/chunk_record/seq/4")
             self.mask_compressed = self._io.read_u1()
-            if not self.mask_compressed <= (0 if self.mask_codec == Nps.MaskCodec.coded else 1):
-                raise kaitaistruct.ValidationGreaterThanError((0 if self.mask_codec == Nps.MaskCodec.coded else 1), self.mask_compressed, self._io, u"/types/chunk_record/seq/5")
+            if not self.mask_compressed <= (0 if  ((self.mask_codec == Nps.MaskCodec.coded) or (self.mask_codec == Nps.MaskCodec.learned))  else 1):
+                raise kaitaistruct.ValidationGreaterThanError((0 if  ((self.mask_codec == Nps.MaskCodec.coded) or (self.mask_codec == Nps.MaskCodec.learned))  else 1), self.mask_compressed, self._io, u"/types/chunk_record/seq/5")
             self.planes_compressed = self._io.read_u1()
             if not self.planes_compressed <= (0 if  ((self.tensor.has_bits) or (self.tensor.is_coded_ulp))  else (1 << self.planes) - 1):
                 raise kaitaistruct.ValidationGreaterThanError((0 if  ((self.tensor.has_bits) or (self.tensor.is_coded_ulp))  else (1 << self.planes) - 1), self.planes_compressed, self._io, u"/types/chunk_record/seq/6")
@@ -364,7 +365,7 @@ class Nps(KaitaiStruct):
                 raise kaitaistruct.ValidationNotEqualError(b"\x00", self.reserved, self._io, u"/types/chunk_record/seq/7")
             self.check_mask_raw_bytes = self._io.read_bytes(0)
             _ = self.check_mask_raw_bytes
-            if not (( ((self.mask_raw_bytes >= self.exponents + 32) and (self.mask_raw_bytes <= (self.exponents + 16) + 16 * 64) and ((self.mask_raw_bytes - self.exponents) % 16 == 0))  if self.tensor.is_signs else (self.mask_raw_bytes == self.exponents + 16 if self.tensor.is_grid else self.mask_raw_bytes == 2)) if self.is_parameters else (self.mask_raw_bytes == (self.elements + 7) // 8 if self.mask_codec == Nps.MaskCodec.bitmask else ( ((self.mask_raw_bytes >= self.nnz) and (self.mask_raw_bytes <= self.nnz + (self.elements - self.nnz) // 255))  if self.mask_codec == Nps.MaskCodec.gap8 else ( ((self.mask_raw_bytes % 2 == 0) and (self.mask_raw_bytes >= 2 * self.nnz) and (self.mask_raw_bytes <= 2 * (self.nnz + (self.elements - self.nnz) // 65535)))  if self.mask_codec == Nps.MaskCodec.gap16 else ( ((self.mask_raw_bytes % 4 == 0) and (self.mask_raw_bytes >= 8) and (self.mask_raw_bytes <= 8 + 60 * self.elements))  if self.mask_codec == Nps.MaskCodec.coded else self.mask_raw_bytes == 0))))):
+            if not (( ((self.mask_raw_bytes >= self.exponents + 32) and (self.mask_raw_bytes <= (self.exponents + 16) + 16 * 64) and ((self.mask_raw_bytes - self.exponents) % 16 == 0))  if self.tensor.is_signs else (self.mask_raw_bytes == self.exponents + 16 if self.tensor.is_grid else self.mask_raw_bytes == 2)) if self.is_parameters else (self.mask_raw_bytes == (self.elements + 7) // 8 if self.mask_codec == Nps.MaskCodec.bitmask else ( ((self.mask_raw_bytes >= self.nnz) and (self.mask_raw_bytes <= self.nnz + (self.elements - self.nnz) // 255))  if self.mask_codec == Nps.MaskCodec.gap8 else ( ((self.mask_raw_bytes % 2 == 0) and (self.mask_raw_bytes >= 2 * self.nnz) and (self.mask_raw_bytes <= 2 * (self.nnz + (self.elements - self.nnz) // 65535)))  if self.mask_codec == Nps.MaskCodec.gap16 else ( ((self.mask_raw_bytes % 4 == 0) and (self.mask_raw_bytes >= 8) and (self.mask_raw_bytes <= 8 + 60 * self.elements))  if self.mask_codec == Nps.MaskCodec.coded else ( ((self.mask_raw_bytes % 4 == 0) and (self.mask_raw_bytes >= 8) and (self.mask_raw_bytes <= 8 + 4 * self.elements))  if self.mask_codec == Nps.MaskCodec.learned else self.mask_raw_bytes == 0)))))):
                 raise kaitaistruct.ValidationExprError(self.check_mask_raw_bytes, self._io, u"/types/chunk_record/seq/8")
             self.check_mask_stored_bytes = self._io.read_bytes(0)
             _ = self.check_mask_stored_bytes
@@ -484,7 +485,7 @@ class Nps(KaitaiStruct):
             if hasattr(self, '_m_work'):
                 return self._m_work
 
-            self._m_work = (self.elements // 32 if self.mask_codec == Nps.MaskCodec.drawn else (self.elements // 8 + 4 * self.nnz if self.mask_codec == Nps.MaskCodec.coded else (512 * self.most_contexts + self.nnz * self.tensor.width if self.has_distances else 0)))
+            self._m_work = (self.elements // 32 if self.mask_codec == Nps.MaskCodec.drawn else (self.elements // 4 + 4 * self.nnz if self.mask_codec == Nps.MaskCodec.coded else (self.elements // 4 if self.mask_codec == Nps.MaskCodec.learned else 0))) + (512 * self.most_contexts + self.nnz * self.tensor.width if self.has_distances else 0)
             return getattr(self, '_m_work', None)
 
 

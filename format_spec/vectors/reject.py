@@ -30,6 +30,8 @@ from grids import (
     grid,
     grid_parameters,
 )
+from learned import columns_of, kept_of, learned_stream, set_mask, with_learned_masks
+from learned import decisions_of as mask_decisions
 from parts import (
     BITMASK,
     CODED,
@@ -41,6 +43,7 @@ from parts import (
     GAP8,
     GAP16,
     GRID,
+    LEARNED,
     LEVELS,
     MAGIC,
     NEW,
@@ -787,7 +790,13 @@ for _what, _codec in (("drawn", DRAWN), ("parameters", PARAMETERS)):
     )
 for _what, _codec in (
     *(("empty", EMPTY), ("full", FULL), ("bitmask", BITMASK), ("gap8", GAP8), ("gap16", GAP16)),
-    *(("reserved", 6), ("parameters", PARAMETERS), ("coded", CODED), ("unknown", 10)),
+    *(
+        ("reserved", 6),
+        ("parameters", PARAMETERS),
+        ("coded", CODED),
+        ("learned", LEARNED),
+        ("unknown", 11),
+    ),
 ):
     signs_chunk(f"C-CODEC-signs-{_what}", 1, codec=_codec)
 for _what, _codec in (("empty", EMPTY), ("full", FULL), ("bitmask", BITMASK), ("drawn", DRAWN)):
@@ -1180,7 +1189,13 @@ levels_chunk("C-CODEC-levels-parameters-coded", 0, codec=CODED)
 signs_chunk("C-CODEC-signs-parameters-coded", 0, codec=CODED)
 for _what, _codec in (
     *(("empty", EMPTY), ("full", FULL), ("bitmask", BITMASK), ("gap8", GAP8), ("gap16", GAP16)),
-    *(("drawn", DRAWN), ("parameters", PARAMETERS), ("reserved", 6), ("unknown", 10)),
+    *(
+        ("drawn", DRAWN),
+        ("parameters", PARAMETERS),
+        ("reserved", 6),
+        ("learned", LEARNED),
+        ("unknown", 11),
+    ),
 ):
     grid_chunk(f"C-CODEC-grid-{_what}", 1, codec=_codec)
 for _what, _codec in (("empty", EMPTY), ("full", FULL), ("drawn", DRAWN), ("coded", CODED)):
@@ -1255,15 +1270,15 @@ def _expanding_codes(shape: list[int], kept: Sequence[int], stored: int) -> File
     return File([base], [Entry(b"w", 14, shape, DELTA, GRID, 24, 0, b"", [chunk, *coded])])
 
 
-# 2^29 elements count as 64 MiB; with the parameters that is too much.
+# 2^28 elements count as 64 MiB; with the parameters that is too much.
 reject(
-    "C-EXPANSION-grid-codes", lambda f: None, lambda: _expanding_codes([2**16, 2**13], [1] * 32, 8)
+    "C-EXPANSION-grid-codes", lambda f: None, lambda: _expanding_codes([2**15, 2**13], [1] * 16, 8)
 )
-# 2 bytes too much, of which each of 181 elements that are kept counts as 4.
+# 2 bytes too much, of which each of 25 elements that are kept counts as 4.
 reject(
     "C-EXPANSION-grid-kept",
     lambda f: None,
-    lambda: _expanding_codes([2**16 - 1, 2**13], [8] * 21 + [3] + [1] * 10, 64),
+    lambda: _expanding_codes([32973, 8141], [8, 3] + [1] * 14, 64),
 )
 
 
@@ -1477,6 +1492,136 @@ grid_chunk("C-CODEC-grid-before-flags", 1, codec=EMPTY, mask_zstd=1)
 grid_chunk("C-FLAGS-grid-before-masksize", 1, mask_zstd=1, mask_raw=5)
 grid_chunk("C-MASKSIZE-grid-before-stored", 1, mask_raw=5, sizes=[9, 9])
 
+# -- learned masks ---------------------------------------------------------------------------------
+
+
+def good_learned() -> File:
+    """Chunks of which some, all, one or no elements are kept, with learned masks and without."""
+    shape = [100, 40]
+    bases = [base_tensor(name, "U8", shape, [0] * 4000) for name in ("bits", "learned")]
+    some = {p: 1 + p % 99 for p in range(1024) if p % 40 in (3, 4) or p // 40 % 5 == 2}
+    changes = some | dict.fromkeys(range(1024, 2048), 7) | {2600: 1}
+    tensors = [
+        delta("bits", bases, 0, some, masks=BITMASK),
+        with_learned_masks(delta("learned", bases, 1, changes), bases[1]),
+    ]
+    assert [chunk.nnz for chunk in tensors[1].chunks] == [len(some), 1024, 1, 0]
+    return File(base=bases, tensors=tensors)
+
+
+def with_learned(name: str, change: Callable[[File], Any]) -> None:
+    reject(name, change, good_learned)
+
+
+def learned_chunk(name: str, number: int, **values: Any) -> None:
+    """Chunk 0 keeps some, 1 all, 2 one, 3 none."""
+    with_learned(name, lambda f: assign(f.tensors[1].chunks[number], **values))
+
+
+reject("C-CODEC-learned-in-new", lambda f: assign(f.tensors[2].chunks[0], codec=LEARNED))
+learned_chunk("C-CODEC-learned-of-all", 1, codec=LEARNED)
+learned_chunk("C-CODEC-learned-of-nothing", 3, codec=LEARNED)
+levels_chunk("C-CODEC-levels-learned", 1, codec=LEARNED)
+levels_chunk("C-CODEC-levels-parameters-learned", 0, codec=LEARNED)
+signs_chunk("C-CODEC-signs-parameters-learned", 0, codec=LEARNED)
+grid_chunk("C-CODEC-grid-parameters-learned", 0, codec=LEARNED)
+grid_chunk("C-CODEC-grid-of-nothing-learned", 2, codec=LEARNED)
+learned_chunk("C-NNZ-learned", 0, nnz=1025)
+learned_chunk("C-FLAGS-learned-compressed", 0, mask_zstd=1)
+learned_chunk(
+    "C-FLAGS-learned-smaller-as-a-frame", 0, mask_zstd=1, mask=frame(bytes(800)), mask_raw=800
+)
+for _size in (0, 4, 7, 9, 10, 11):
+    learned_chunk(f"C-MASKSIZE-learned-{_size}", 0, mask=bytes(_size), mask_raw=_size)
+learned_chunk("C-MASKSIZE-learned-over", 0, mask_raw=8 + 4 * 1024 + 4)
+learned_chunk("C-MASKSIZE-learned-most", 0, mask_raw=2**32 - 4)
+learned_chunk("C-STORED-learned-largest", 0, mask_raw=8 + 4 * 1024)
+learned_chunk("C-STORED-learned-less", 0, mask_stored=8)
+
+
+def _expanding_learned(more: int, digest: bytes | None = None) -> File:
+    """16 chunks of 2^24 elements, which alone count for 64 MiB, and one of some."""
+    shape = [(16 << 24) + more]
+    base = Base(b"w", 2, shape, b"")
+    chunks = [Chunk(bytes(8), 8, 1, LEARNED, 0, [b"\1"], 0) for _ in range(17)]
+    chunks[0].digest = digest
+    return File([base], [Entry(b"w", 2, shape, DELTA, REPLACE, 24, 0, b"", chunks)])
+
+
+# Each chunk is stored in 16 bytes, of which 9 are streams: 17 (256 16 - 9) bytes are left.
+_LEFT = 17 * (256 * 16 - 9)
+reject("C-EXPANSION-learned", lambda f: None, lambda: _expanding_learned(4 * _LEFT + 4))
+reject(
+    "P-DIGEST-learned-as-many-as-may-be",
+    lambda f: None,
+    lambda: _expanding_learned(4 * _LEFT + 3, bytes(8)),
+)
+
+
+def learned_as(
+    name: str, made: Callable[[list[int], Callable[[list[int]], Any]], bytes], **values: Any
+) -> None:
+    """Another mask of chunk 0. made: of what is kept, and what makes decisions of it."""
+
+    def change(file: File) -> None:
+        entry, base = file.tensors[1], file.base[1]
+        kept = kept_of(entry, base, 0)
+
+        def decide(found: list[int]) -> Any:
+            return mask_decisions(found, 1024, 0, columns_of(entry))
+
+        assert learned_stream(decide(kept)) == entry.chunks[0].mask
+        set_mask(entry.chunks[0], made(kept, decide))
+        assign(entry.chunks[0], **values)
+
+    with_learned(name, change)
+
+
+for _what, _state in (("one-more", LOWEST + 1), ("a-word-more", 2 * LOWEST), ("most", 2**64 - 1)):
+    learned_as(
+        f"P-CODE-learned-ends-in-another-state-{_what}",
+        lambda kept, decide, x=_state: learned_stream(decide(kept), x),
+    )
+learned_as("P-CODE-learned-word-missing", lambda k, decide: learned_stream(decide(k))[:-4])
+learned_as("P-CODE-learned-word-left", lambda k, decide: learned_stream(decide(k)) + bytes(4))
+learned_as(
+    "P-CODE-learned-begins-too-low",
+    lambda k, decide: learned_stream(decide(k))[:4] + bytes(4) + learned_stream(decide(k))[8:],
+)
+learned_as(
+    "P-CODE-learned-missing-in-the-last-decision",
+    lambda k, decide: words(coded_words(decide(k)[:-1], 65536 // 2)),
+)
+learned_chunk("P-CODE-learned-zeros", 2, mask=bytes(8), mask_raw=8)
+
+
+def other_count(name: str, nnz: int, less: int = 0) -> None:
+    """Decisions that keep other than nnz, right in all else. less: bytes that are missing."""
+
+    def made(kept: list[int], _: Callable[[list[int]], Any]) -> bytes:
+        # As a reader that goes by nnz learns.
+        stream = learned_stream(mask_decisions(kept, 1024, 0, 40, nnz))
+        return stream[: len(stream) - less]
+
+    learned_as(name, made, nnz=nnz, planes=[b"\1" * nnz])
+
+
+_SOME = len([p for p in range(1024) if p % 40 in (3, 4) or p // 40 % 5 == 2])
+for _what, _nnz in (("one-too-many", _SOME - 1), ("too-many", 1), ("one-too-few", _SOME + 1)):
+    other_count(f"P-POPCOUNT-learned-{_what}", _nnz)
+other_count("P-POPCOUNT-learned-too-few", 1023)
+# Which comes first.
+other_count("P-POPCOUNT-learned-too-many-before-word-missing", 1, less=4)
+other_count("P-CODE-learned-word-missing-before-too-few", 1023, less=4)
+with_learned(
+    "P-POPCOUNT-learned-after-bitmask",
+    lambda f: (
+        assign(f.tensors[0].chunks[0], mask=bytes(128)),
+        assign(f.tensors[1].chunks[0], mask=bytes(8), mask_raw=8),
+    ),
+)
+learned_chunk("P-DIGEST-learned", 0, digest=bytes(8))
+
 # -- coded distances -----------------------------------------------------------------------------
 
 
@@ -1508,7 +1653,7 @@ BESIDE_DISTANCES: list[str] = []
 
 def with_distances(name: str, change: Callable[[File], Any]) -> None:
     reject(name, change, good_distances)
-    if name[:2] in ("P-", "D-"):  # found with the base
+    if name[:2] in ("P-", "D-") and not name.startswith("P-TABLE"):  # found with the base
         BESIDE_DISTANCES.append(name)
 
 

@@ -13,6 +13,7 @@ from blake3 import blake3
 from bundles import bundled_base, dictionary_frame, member
 from distances import Context, Distances, coded_ulp, distances_of, exponent_of, moved
 from grids import GridParameters, grid, grid_parameters
+from learned import columns_of, contexts_of, decisions_of, kept_of, with_learned_masks
 from parts import (
     BITMASK,
     CODED,
@@ -22,6 +23,7 @@ from parts import (
     FULL,
     GAP8,
     GAP16,
+    LEARNED,
     NEW,
     NO_BASE,
     REPLACE,
@@ -202,13 +204,15 @@ def chunk_boundaries() -> File:
 
 @valid
 def mask_codec_of_each_chunk() -> File:
-    size = 5 * 1024
+    size = 6 * 1024
     words = random_words("m", size, 2)
     changes = {i: words[i] ^ 1 for i in (*range(1024), *range(1024, 2048, 2))}
     changes |= {i: words[i] ^ 1 for i in (2050, 2400, 3000, 3071, 3072, 3500)}
-    bases = [base_tensor("w", "BF16", [5, 1024], words)]
-    masks = (FULL, BITMASK, GAP8, GAP16, EMPTY)
-    return File(base=bases, tensors=[delta("w", bases, 0, changes, codec=ULP, masks=masks)])
+    changes |= {i: words[i] ^ 1 for i in range(5200, 6100, 3)}
+    bases = [base_tensor("w", "BF16", [6, 1024], words)]
+    masks = (FULL, BITMASK, GAP8, GAP16, EMPTY, GAP8)
+    entry = delta("w", bases, 0, changes, codec=ULP, masks=masks)
+    return File(base=bases, tensors=[with_learned_masks(entry, bases[0], {5})])
 
 
 @valid
@@ -505,6 +509,7 @@ def every_codec(dtype: str) -> File:
         ("full", FULL): range(1030),
         ("gap16", GAP16): {*range(0, 1030, 199), 1029},
         ("gap8", GAP8): {*range(0, 1030, 19), 1029},
+        ("learned", LEARNED): {i for i in range(1030) if i % 10 in (2, 5) or i // 10 % 7 == 3},
     }
     bases = [base_tensor("w", dtype, [103, 10], words)]
     codecs = {"replace": REPLACE, "xor": XOR} | ({"ulp": ULP} if dtype in FLOATS else {})
@@ -513,9 +518,113 @@ def every_codec(dtype: str) -> File:
         for codec, value_codec in sorted(codecs.items()):
             changes = {i: words[i] ^ other[i] for i in positions}
             name = f"{mask}.{codec}"
-            tensors.append(delta(name, bases, 0, changes, codec=value_codec, masks=mask_codec))
+            given = GAP8 if mask_codec == LEARNED else mask_codec
+            entry = delta(name, bases, 0, changes, codec=value_codec, masks=given)
+            if mask_codec == LEARNED:
+                with_learned_masks(entry, bases[0])
+            tensors.append(entry)
     tensors.append(new("new", dtype, [5], random_words(f"{dtype} new", 5, width)))
     return File(base=bases, tensors=tensors)
+
+
+# -- learned masks ---------------------------------------------------------------------------------
+
+
+def learned(
+    tensors: dict[str, list[int]],
+    kept: Callable[[str, int], bool],
+    chunk_log2: int = 10,
+    compress: bool = False,
+) -> File:
+    """Tensors of bytes. tensors: shapes by name; kept: of a name and a position."""
+    bases = [base_tensor(n, "U8", shape, [0] * math.prod(shape)) for n, shape in tensors.items()]
+    entries = []
+    for index, (name, shape) in enumerate(tensors.items()):
+        changes = {p: 1 + (p >> 12) for p in range(math.prod(shape)) if kept(name, p)}
+        entry = delta(name, bases, index, changes, chunk_log2=chunk_log2, compress=compress)
+        entries.append(with_learned_masks(entry, bases[index]))
+    return File(base=bases, tensors=entries)
+
+
+def learned_parts(file: File, tensor: int, number: int) -> tuple[list[int], int, int, int]:
+    """Of a chunk what ``decisions_of`` takes."""
+    entry, base = file.tensors[tensor], file.base[tensor]
+    start = number << entry.chunk_log2
+    numel = min(1 << entry.chunk_log2, math.prod(entry.shape) - start)
+    return kept_of(entry, base, number), numel, start, columns_of(entry)
+
+
+@valid
+def learned_masks_of_each_shape() -> File:
+    """Rows longer than chunks, ends of rows within chunks and at their ends, columns of one."""
+    shapes = {
+        "column": [1500, 1],
+        "cube": [5, 7, 40],
+        "even": [48, 64],
+        "long": [3, 1500],
+        "narrow": [500, 3],
+        "row": [1, 1500],
+        "vector": [1500],
+        "wide": [4, 700],
+    }
+
+    def kept(name: str, p: int) -> bool:
+        columns = math.prod(shapes[name][1:]) if len(shapes[name]) > 1 else shapes[name][0]
+        row, column = divmod(p, columns)
+        return (7 * row + p * p) % 11 < 3 or column % 13 == 5 or row % 9 == 4
+
+    return learned(shapes, kept)
+
+
+@valid
+def learned_masks_of_one_and_of_all_but_one() -> File:
+    """The first, a middle and the last element of a chunk, kept alone or alone not kept."""
+    names = {f"{how}.{p:04}": [32, 33] for how in ("all-but", "one") for p in (0, 500, 1023)}
+    return learned(names, lambda name, p: (p % 1024 == int(name[-4:])) == name.startswith("one"))
+
+
+@valid
+def learned_masks_in_contexts_at_their_ends() -> File:
+    """The last row and column kept alone, or alone not kept: contexts 63 and 0."""
+    side = 320
+
+    def kept(name: str, p: int) -> bool:
+        return (name == "kept") == (side - 1 in divmod(p, side))
+
+    file = learned({"kept": [side, side], "not": [side, side]}, kept, 17, compress=True)
+    for tensor, context in ((0, 63), (1, 0)):
+        assert context in contexts_of(*learned_parts(file, tensor, 0))
+    return file
+
+
+@valid
+def learned_masks_that_learn_all_there_is() -> File:
+    """More than 511 elements of a row and of a column, shares of 1 and 65535, and surprises."""
+    surprises = {0: (4000, 20_000), 1: (9000, 30_000)}
+
+    def kept(name: str, p: int) -> bool:
+        half = p >> 14
+        return (half == 1) != (p in surprises[half])
+
+    file = learned({"row": [1 << 15], "tall": [1 << 13, 4]}, kept, 15, compress=True)
+    shares = [share for _, share in decisions_of(*learned_parts(file, 0, 0))]
+    assert (min(shares), max(shares)) == (1, 65535)
+    return file
+
+
+@valid
+def learned_masks_of_distances() -> File:
+    """Beside coded distances, in each dtype; one chunk of nothing and one of all."""
+
+    def make(name: str, bases: list[Base], index: int) -> Entry:
+        words = words_of(bases[index])
+        kept = [*range(1024), *(p for p in range(2048, 4000) if p % 40 in (1, 2, 9))]
+        entry = coded_ulp(name, bases, index, {p: words[p] ^ 1 for p in kept})
+        return with_learned_masks(entry, bases[index])
+
+    file = stored_on(make, {name.lower(): (name, [100, 40]) for name in ("BF16", "F16", "F32")})
+    assert [chunk.codec for chunk in file.tensors[0].chunks] == [FULL, EMPTY, LEARNED, LEARNED]
+    return file
 
 
 # -- signs and levels ----------------------------------------------------------------------------

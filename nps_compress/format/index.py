@@ -33,6 +33,7 @@ Record = dict[str, int]
 
 _CHANGING_CODECS: tuple[ValueCodec, ...] = (ValueCodec.REPLACE, ValueCodec.XOR, ValueCodec.ULP)
 _LOSSY_CODECS = (ValueCodec.SIGNS, ValueCodec.LEVELS, ValueCodec.GRID)
+_NEVER_COMPRESSED = (MaskCodec.CODED, MaskCodec.LEARNED)
 
 
 @dataclass(frozen=True)
@@ -336,7 +337,7 @@ def _check_chunks(entries: tuple[TensorEntry, ...], chunks: npt.NDArray[np.void]
     planes = np.where(is_levels, 1, np.where(unpacked, 0, itemsize))
     _check(
         (chunks["reserved"] == 0)
-        & (chunks["mask_compressed"] <= (codec != MaskCodec.CODED))
+        & (chunks["mask_compressed"] <= ~np.isin(codec, _NEVER_COMPRESSED))
         & ((chunks["planes_compressed"].astype(np.int64) >> planes) == 0),
         "C-FLAGS",
         "has unknown flags",
@@ -357,6 +358,8 @@ def _check_chunks(entries: tuple[TensorEntry, ...], chunks: npt.NDArray[np.void]
             fits = (raw[here] >= low) & (raw[here] <= high)
         if kind is MaskCodec.GAP16:
             fits &= raw[here] % 2 == 0
+        if kind is MaskCodec.LEARNED:
+            fits &= raw[here] % 4 == 0
         right_size = np.ones(len(chunks), bool)
         right_size[here] = fits
         _check(right_size, "C-MASKSIZE", "has a mask of an impossible size")
@@ -390,6 +393,7 @@ def _check_chunks(entries: tuple[TensorEntry, ...], chunks: npt.NDArray[np.void]
         )
     work = np.where(is_signs, codecs.drawing_work(length), 0)
     work += np.where(codec == MaskCodec.CODED, codecs.decoding_work(length, nnz), 0)
+    work += np.where(codec == MaskCodec.LEARNED, codecs.learning_work(length), 0)
     work += np.where(is_coded, codecs.distances_work(coded[:, 0], itemsize, nnz), 0)
     return int((raw + plane_raw_bytes * planes + coded_bytes + work).sum())
 

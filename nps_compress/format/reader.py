@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
-from nps_compress import codecs, grid_codec, sign_codec
+from nps_compress import codecs, grid_codec, sign_codec, ulp_coding
 from nps_compress.codecs import MaskCodec, Positions, ValueCodec
 from nps_compress.errors import FormatError
 from nps_compress.format import layout
@@ -28,6 +28,7 @@ from nps_compress.format.index import parse_index
 from nps_compress.format.layout import IndexCompression, Op
 from nps_compress.format.records import BaseTensor, TensorEntry, has_digest
 from nps_compress.grid_codec import GridParameters
+from nps_compress.mask_coding import Place
 from nps_compress.rank_one import rows_and_columns
 from nps_compress.sign_codec import SignParameters
 
@@ -172,7 +173,9 @@ class NpsReader:
                 positions, levels = grid_codec.decode_grid(data, position, parameters, span, nnz)
                 return Chunk(numel, positions, levels.view(np.uint8)[None])
             mask = self._mask(record, data)
-            positions = codecs.decode_mask(MaskCodec(record["mask_codec"]), mask, numel, nnz)
+            place = Place(start, rows_and_columns(entry.shape)[1])
+            kind = MaskCodec(record["mask_codec"])
+            positions = codecs.decode_mask(kind, mask, numel, nnz, place)
             stored = []
             is_coded = entry.value_codec is ValueCodec.CODED_ULP
             expected = 1 if entry.has_parameters else 2 if is_coded else entry.dtype.itemsize
@@ -262,6 +265,11 @@ class NpsReader:
         self.parameters(entry)
         for number in self.chunks_to_read(entry):
             chunk = self.read_chunk(entry, number)
+            if chunk.streams and chunk.streams[0]:
+                try:
+                    ulp_coding.read_table(chunk.streams[0], entry.dtype.itemsize)
+                except FormatError as error:
+                    self._fail(error.rule, f"chunk {number} of {entry.name!r}: {error.detail}")
             if entry.op is Op.NEW:
                 digest.update(np.ascontiguousarray(chunk.planes.T).data)
         if entry.op is Op.NEW and digest.digest(len(entry.digest)) != entry.digest:

@@ -22,7 +22,7 @@ import zstandard
 from blake3 import blake3
 
 import minimal_reader
-from nps_compress import codecs, entropy_coding, grid_codec, sign_codec, ulp_coding
+from nps_compress import codecs, entropy_coding, grid_codec, mask_coding, sign_codec, ulp_coding
 from nps_compress.codecs import MaskCodec, ValueCodec
 from nps_compress.dtypes import BY_NAME, DTYPES, PRUNABLE, DType, Words
 from nps_compress.errors import FormatError
@@ -31,6 +31,7 @@ from nps_compress.format.reader import NpsReader
 from nps_compress.format.records import BaseTensor, TensorEntry
 from nps_compress.format.writer import NpsWriter, index_and_footer
 from nps_compress.grid_codec import GridParameters
+from nps_compress.mask_coding import Place
 from nps_compress.rank_one import RankOne
 from nps_compress.reconstruct import Task
 from nps_compress.sign_codec import SignParameters
@@ -70,7 +71,7 @@ def masks(data: bytes) -> None:
     """One byte of codec, numel (4), nnz (2), then a stream of a size that the index allows."""
     if len(data) < 7:
         return
-    codec = MaskCodec(2 + data[0] % 3)
+    codec = MaskCodec(2 + data[0] % 3)  # a learned one has a target of its own
     numel = 1 + int.from_bytes(data[1:5], "little") % (1 << 24)
     nnz = 1 + int.from_bytes(data[5:7], "little") % min(numel, 4096)
     stream = data[7:]
@@ -211,6 +212,45 @@ def magnitude_seeds() -> list[bytes]:
         found = (rng.exponential(mean, numel) * (coded >= 0)).clip(0, 32767).astype(np.int16)
         head = bytes([np.count_nonzero(found), numel, *contexts.tolist()])
         out.append(head + entropy_coding.encode_magnitudes(found, coded))
+    return out
+
+
+# -- learned masks --------------------------------------------------------------------------------
+
+
+def learned(data: bytes) -> None:
+    """Columns, start, elements and nnz (2 bytes each), then words."""
+    if len(data) < 16:
+        return
+    columns, start, numel, nnz = struct.unpack_from("<4H", data)
+    place, numel = Place(start, 1 + columns % 400), 2 + numel % 300
+    nnz = 1 + nnz % (numel - 1)
+    words = np.frombuffer(data[8 : 8 + (len(data) - 8) // 4 * 4], "<u4")
+    span = slice(start, start + numel)
+    wanted: list[int] | str
+    try:
+        wanted = minimal_reader.decode_learned(words.tolist(), span, place.columns, nnz, "")
+    except minimal_reader.Refused as refusal:
+        wanted = refusal.rule
+    positions = np.empty(nnz, np.uint32)
+    status = mask_coding.decode_positions(words.tobytes(), numel, place, positions)
+    if status != entropy_coding.OK:
+        assert _RULES[status] == wanted, (status, wanted)
+        return
+    assert positions.tolist() == wanted
+    again = mask_coding.encode_positions(positions, numel, place)
+    assert again == words.tobytes()  # its one form
+
+
+def learned_seeds() -> list[bytes]:
+    """Masks of few and of many elements, of one row, of several, and of part of one."""
+    rng, out = np.random.default_rng(0), []
+    for numel, columns, density in ((2, 1, 0.5), (30, 7, 0.1), (200, 300, 0.9), (300, 40, 0.05)):
+        kept = rng.random(numel) < density
+        kept[:2] = True, False
+        positions = np.flatnonzero(kept).astype(np.uint32)
+        head = struct.pack("<4H", columns - 1, 5, numel - 2, positions.size - 1)
+        out.append(head + mask_coding.encode_positions(positions, numel, Place(5, columns)))
     return out
 
 
@@ -514,11 +554,15 @@ MOST_EXAMINED = 1 << 13
 
 
 def _examined(path: Path) -> int:
-    """Elements that are drawn or coded; 0 for what is refused at once."""
+    """Elements that are drawn or coded, or have learned masks; 0 for what is refused at once."""
     slow = (ValueCodec.SIGNS, ValueCodec.GRID, ValueCodec.CODED_ULP)
     try:
         with NpsReader(path) as nps:
-            return sum(entry.numel for entry in nps.tensors if entry.value_codec in slow)
+            return sum(
+                entry.numel
+                for entry in nps.tensors
+                if entry.value_codec in slow or MaskCodec.LEARNED in nps.mask_codecs(entry)
+            )
     except FormatError:
         return 0
 
@@ -630,12 +674,14 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "zstd": zstd,
     "values": values,
     "magnitudes": magnitudes,
+    "learned": learned,
     "distances": distances,
     "quantised": quantised,
 }
 SEEDS = {
     "members": member_seeds,
     "magnitudes": magnitude_seeds,
+    "learned": learned_seeds,
     "distances": distance_seeds,
     "quantised": quantised_seeds,
 }
