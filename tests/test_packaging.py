@@ -45,6 +45,7 @@ ORDER = [
     "checkpoint",
     "task_vector",
     "distortion",
+    "values",
     "prune",
     "signs",
     "groups",
