@@ -1,11 +1,11 @@
 """Small integers to nearly as few bytes as their distribution allows, and back.
 
 Each magnitude becomes binary decisions: whether its bit length exceeds 0, 1, 2, ..., then its bits
-below the leading one. The chances of the lengths, and of the first bit after the leading one, are
-learned as coding goes on, apart for each *context*, which both sides know from elsewhere; further
-bits are taken to be even. The range variant of asymmetric numeral systems (Duda, arXiv 1311.2540)
-turns decisions into bytes. Defined bit by bit in format_spec/SPEC.md. Decoding treats every stream
-as hostile.
+below the leading one. The chances of the lengths, and of the first two bits after the leading one,
+are learned as coding goes on, apart for each *context*, which both sides know from elsewhere;
+further bits are taken to be even. The range variant of asymmetric numeral systems (Duda, arXiv
+1311.2540) turns decisions into bytes. Defined bit by bit in format_spec/SPEC.md. Decoding treats
+every stream as hostile.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ OK, ENDS_EARLY, ENDS_LATE, MISCOUNTED = range(4)
 # How far a decision moves a chance that n others have moved, in units of 2^-16: 1 / (n + 1.5).
 _RATES = np.array([(1 << 17) // (2 * n + 3) for n in range(512)], np.int64)
 _EVEN = np.int64(1 << 31)
-_LEARNED = 2 * (_LENGTHS + 1)  # a context's chances: by length, of more, and of the next bit
+_LEARNED_BELOW = 4  # a bit's chance is learned where those above it, from the leading one, are less
+# A context's chances: of more, by length so far; of each next bit, by the bits above it and length.
+_ROW = _LENGTHS + 1
+_LEARNED = _LEARNED_BELOW * _ROW
 
 
 def stream_bytes_range(numel: Any) -> tuple[int, Any]:
@@ -96,13 +99,13 @@ def _decide(magnitudes, contexts, decisions):  # type: ignore[no-untyped-def]
             if not longer:
                 break
             length += 1
-        at += _LENGTHS + length
         for below in range(length - 2, -1, -1):
             bit = (magnitude >> below) & 1
+            above = magnitude >> (below + 1)
             share = np.int64(32768)
-            if below == length - 2:
-                share = _share(chances[at])
-                _learn(chances, seen, at, bit)
+            if above < _LEARNED_BELOW:
+                share = _share(chances[at + above * _ROW + length])
+                _learn(chances, seen, at + above * _ROW + length, bit)
             decisions[made] = np.uint32(2 * share + bit)
             made += 1
     return made
@@ -142,12 +145,13 @@ def _decode(words, contexts, positions, magnitudes):  # type: ignore[no-untyped-
     for i in range(contexts.size):
         if contexts[i] < 0:
             continue
-        at = np.int64(contexts[i]) * _LEARNED
+        of_context = np.int64(contexts[i]) * _LEARNED
         length = 0
         below = 0  # bits that follow the leading one
         magnitude = np.int64(0)
         while True:
-            learned = magnitude < 2
+            learned = magnitude < _LEARNED_BELOW
+            at = of_context + magnitude * _ROW + length
             share = np.uint64(_share(chances[at])) if learned else np.uint64(32768)
             low = state & np.uint64(0xFFFF)
             one = int(low < share)
@@ -168,11 +172,9 @@ def _decode(words, contexts, positions, magnitudes):  # type: ignore[no-untyped-
             else:
                 length += one
                 if one and length < _LENGTHS:
-                    at += 1
                     continue
                 magnitude = np.int64(length > 0)
                 below = length - 1
-                at = np.int64(contexts[i]) * _LEARNED + _LENGTHS + length
             if below <= 0:
                 break
         if magnitude:

@@ -28,7 +28,7 @@ BUDGET = 0.005
 
 TALLY_SHIFT = 17  # of a float32's bits: 64 bins an octave
 TALLY_BINS = 1 << (31 - TALLY_SHIFT)
-_TRIED_AN_OCTAVE, _OCTAVES = 8, 12
+_TRIED_AN_OCTAVE = 16
 
 Tally = npt.NDArray[np.float64]  # [3, TALLY_BINS]: counts, sums, sums of squares
 
@@ -72,12 +72,14 @@ def rounding_of(tally: Tally, values: Values) -> Rounding:
 def _best_step(tally: Tally, most: int) -> tuple[float, float]:
     """The step, and the squared error at it. tally: [3, bins], without empty ones.
 
-    Of steps an eighth of an octave apart, each moved to where it is best for the multiples that it
+    Of steps a sixteenth of an octave apart, from where the largest size is the last multiple to
+    where half the root mean square is, each moved to where it is best for the multiples that it
     leads to (Lloyd, 1957).
     """
     counts, sums, squares = tally
     sizes = sums / counts
-    octaves = min(math.log2(sizes[-1]) - math.log2(sizes[0]), _OCTAVES)
+    root_mean_square = math.sqrt(squares.sum() / counts.sum())
+    octaves = 1 + math.log2(sizes[-1] / root_mean_square) if root_mean_square else 0
     tried = np.arange(math.ceil(_TRIED_AN_OCTAVE * octaves) + 1) / _TRIED_AN_OCTAVE
     steps = sizes[-1] / most * np.exp2(-tried)
     multiples = np.minimum(np.rint(sizes / steps[:, None]), most)
