@@ -255,7 +255,7 @@ class TestLiveModel:
             if number % 5 == 4:
                 live.apply_base()
                 assert_is(weights, base)
-        assert 5 < exact < 20
+        assert 3 < exact < 20
         pruner.recipe = Recipe(density=0.1)
         live.apply()
         assert_is(weights, stored(folders, pruner.recipe, importance))

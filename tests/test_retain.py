@@ -131,7 +131,8 @@ class TestRules:
             return recipe
 
         assert found("auto").values == "int2"
-        assert {values for _, values in asked} == {"sign", "int2", "int4"}
+        assert asked.index(("magnitude", "sign")) == 0
+        assert sum(values == "int8" for _, values in asked) <= 4  # where that may pay
         assert found("int8").values == "int8"
         assert {values for _, values in asked} == {"int8"}
         assert found("exact").values == "exact"
