@@ -28,9 +28,10 @@ OK, ENDS_EARLY, ENDS_LATE, MISCOUNTED = range(4)
 _RATES = np.array([(1 << 17) // (2 * n + 3) for n in range(512)], np.int64)
 _EVEN = np.int64(1 << 31)
 _LEARNED_BELOW = 4  # a bit's chance is learned where those above it, from the leading one, are less
-# A context's chances: of more, by length so far; of each next bit, by the bits above it and length.
-_ROW = _LENGTHS + 1
-_LEARNED = _LEARNED_BELOW * _ROW
+# A context's chances: of more, by length so far; from here on of a next bit, by length and the
+# bits above it.
+_BITS = _LENGTHS + 1
+_LEARNED = _BITS + _LEARNED_BELOW * (_LENGTHS + 1)
 
 
 def stream_bytes_range(numel: Any) -> tuple[int, Any]:
@@ -99,13 +100,14 @@ def _decide(magnitudes, contexts, decisions):  # type: ignore[no-untyped-def]
             if not longer:
                 break
             length += 1
+        at += _BITS + _LEARNED_BELOW * length
         for below in range(length - 2, -1, -1):
             bit = (magnitude >> below) & 1
             above = magnitude >> (below + 1)
             share = np.int64(32768)
             if above < _LEARNED_BELOW:
-                share = _share(chances[at + above * _ROW + length])
-                _learn(chances, seen, at + above * _ROW + length, bit)
+                share = _share(chances[at + above])
+                _learn(chances, seen, at + above, bit)
             decisions[made] = np.uint32(2 * share + bit)
             made += 1
     return made
@@ -145,13 +147,12 @@ def _decode(words, contexts, positions, magnitudes):  # type: ignore[no-untyped-
     for i in range(contexts.size):
         if contexts[i] < 0:
             continue
-        of_context = np.int64(contexts[i]) * _LEARNED
+        at = np.int64(contexts[i]) * _LEARNED
         length = 0
         below = 0  # bits that follow the leading one
         magnitude = np.int64(0)
         while True:
             learned = magnitude < _LEARNED_BELOW
-            at = of_context + magnitude * _ROW + length
             share = np.uint64(_share(chances[at])) if learned else np.uint64(32768)
             low = state & np.uint64(0xFFFF)
             one = int(low < share)
@@ -169,12 +170,15 @@ def _decode(words, contexts, positions, magnitudes):  # type: ignore[no-untyped-
             if magnitude:
                 magnitude = 2 * magnitude + one
                 below -= 1
+                at += 1 + one  # which matters after the first bit alone
             else:
                 length += one
                 if one and length < _LENGTHS:
+                    at += 1
                     continue
                 magnitude = np.int64(length > 0)
                 below = length - 1
+                at = np.int64(contexts[i]) * _LEARNED + _BITS + _LEARNED_BELOW * length + 1
             if below <= 0:
                 break
         if magnitude:
