@@ -101,7 +101,7 @@ def main() -> None:
         say(f"unpacked to {rebuilt}, test accuracy {found.accuracy:.1%}")
         rows.append(found)
 
-    plain = nps_compress.Recipe(prune="magnitude", density=DENSITY)
+    plain = nps_compress.Recipe(prune="magnitude", density=DENSITY, values="auto")
     pack(
         f"magnitude, density {DENSITY}",
         "magnitude.nps",
@@ -109,7 +109,7 @@ def main() -> None:
         recipe=plain,
     )
     searched = nps_compress.Recipe.with_subspaces(
-        SUBSPACES, "tail", prune="magnitude", density=DENSITY
+        SUBSPACES, "tail", prune="magnitude", density=DENSITY, values="auto"
     )
     pack(
         f"NPS, density {DENSITY}",

@@ -165,6 +165,9 @@ def methods(full: bool) -> Iterator[tuple[str, str, bool, Method]]:
         if d == 0.2 and not full:
             continue
         yield "ours: magnitude", at, False, ours(prune="magnitude", density=d)
+        for values in ("auto", "sign"):
+            method = ours(prune="magnitude", density=d, values=values)
+            yield f"ours: magnitude, {values}", at, False, method
         yield "ours: random", at, True, ours(prune="random", density=d)
         yield "ours: sampled", at, True, ours(prune="sampled", density=d)
         method = ours(prune="sampled", density=d, importance="activation")

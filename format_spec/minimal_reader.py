@@ -385,7 +385,7 @@ def decode_magnitudes(words: list[int], contexts: list[int], nnz: int, what: str
             bits += 1
         magnitude = int(bits > 0)
         for below in range(bits - 1):
-            name = () if below else (context, bits, 1)
+            name = (context, bits, magnitude) if below < 2 else ()
             magnitude = 2 * magnitude + decisions.next(*name)
         if magnitude:
             check(len(found) < nnz, "P-POPCOUNT", what)

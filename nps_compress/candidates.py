@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Literal
 
@@ -20,6 +20,7 @@ from nps_compress.prune import (
     Levels,
     Rule,
     Selection,
+    add_to_tally,
     plan,
     select,
     subspaces_by_exponent,
@@ -30,13 +31,16 @@ from nps_compress.recipe import Recipe
 from nps_compress.sign_codec import SignParameters, add_changes, level_changes
 from nps_compress.signs import Scales, levels_of, scales_of
 from nps_compress.task_vector import HISTOGRAM_BYTES, NEUTRAL, Float32, Histogram, Ranking
+from nps_compress.values import BITS, EXACT, Rounding, Values, empty_tally, rounding_of
 
 SLICE = 1 << 18  # elements handled at once: a few MB, which a core's cache holds
 TINY = 4096  # elements up to which a tensor is rounded rather than stored as signs
 _EXACT_SHARE = 0.01  # of the file, that small tensors may take if kept exactly
 _NOWHERE = np.empty(0, np.uint32)
-# About what each takes on real fine-tunes: a 16-bit value stored exactly, a level, a factor.
-_VALUE_BITS, _LEVEL_BITS, _FACTOR_BITS = 9.5, 2.5, 2.5
+# About what each takes on real fine-tunes: a 16-bit value stored exactly, a level, a factor, and
+# what a bit of a rounded value takes beyond its sign.
+_VALUE_BITS, _LEVEL_BITS, _FACTOR_BITS, _BIT_BITS = 9.5, 2.5, 2.5, 0.75
+_AUTO_BITS = 4  # that ``auto`` mostly takes
 
 Loaded = tuple[Words, DType, Words, DType]  # base and fine-tuned words, each with its dtype
 Kind = Literal["signs", "grid", "exact"]  # of what is stored of each change that is kept
@@ -204,7 +208,8 @@ class Pruner:
         by_group = self._numel[kind]
         others: list[Group] = [group for group in by_group if group != "small"]
         numel = sum(by_group[group] for group in others)
-        if 8 * self._small_bytes <= _EXACT_SHARE * _bits(kind, recipe.density) * numel:
+        bits = _bits(kind, recipe.density, recipe.values)
+        if 8 * self._small_bytes <= _EXACT_SHARE * bits * numel:
             return others
         return list(by_group)
 
@@ -214,7 +219,7 @@ class Pruner:
         tensors = self.pair.finetuned.tensors
         exact = 0 if "small" in groups else 8 * self._small_bytes
         numel = sum(self._numel[kind][group] for group in groups)
-        bits = exact + numel * _bits(kind, recipe.density)
+        bits = exact + numel * _bits(kind, recipe.density, recipe.values)
         if kind == "exact":
             return bits
         rounded = [name for name in self.names if self._is_rounded(name, kind)]
@@ -257,17 +262,13 @@ class Pruner:
         return SignParameters(seed, scales.gain, first, rate, scale, scales.sizes, importance)
 
     def grid_parameters(
-        self, name: str, loaded: Loaded, shared: Selection | None
-    ) -> tuple[GridParameters, GridParameters] | None:
-        """What a reader needs to know of a tensor's multiples, with sizes of rows and columns and
-        without; None where a step of 0 keeps all changes as they are."""
-        selection, group = self.selection_of(name, loaded, shared)
-        if selection.step == 0:
-            return None
+        self, name: str, loaded: Loaded, step: float
+    ) -> tuple[GridParameters, GridParameters]:
+        """What a reader needs to know of a tensor's multiples of a step, with sizes of rows and
+        columns and without."""
         importance = self._factors_of_importance(name)
         none = RankOne(np.zeros_like(importance.rows), np.zeros_like(importance.columns))
         measured = self._scales.get(name) or self._measured_scales(name, loaded)
-        step = float(selection.unit[group])
         with_sizes, without = (
             GridParameters.of(step, sizes, importance) for sizes in (measured.sizes, none)
         )
@@ -298,35 +299,93 @@ class Pruner:
         add_changes(everywhere, level_changes(levels, exponent), base, out, dtype)
         return to_float32(out, dtype)
 
+    def step(
+        self, name: str, loaded: Loaded, shared: Selection | None, rounding: Rounding
+    ) -> float:
+        """What kept changes of importance 1 are multiples of; 0 where they are of nothing."""
+        if self.recipe.prune != "sampled":
+            return rounding.step
+        selection, group = self.selection_of(name, loaded, shared)
+        return float(selection.unit[group]) if selection.step else 0.0
+
+    def values_of(self, name: str, recipe: Recipe) -> Values:
+        """How precisely a recipe stores a pruned tensor: vectors and tiny ones exactly."""
+        shape = self.pair.finetuned.tensors[name].shape
+        return recipe.values if len(shape) > 1 and math.prod(shape) > TINY else "exact"
+
+    def rounding(self, name: str, loaded: Loaded, shared: Selection | None) -> Rounding:
+        """What kept changes of a tensor are rounded to; EXACT where the rule rounds none."""
+        values = self.values_of(name, self.recipe)
+        if values == "exact" or self.fixed(name, loaded) is not None:
+            return EXACT
+        selection, group = self.selection_of(name, loaded, shared)
+        parts = (elements for _, elements in self._elements(name, loaded))
+        seed = tensor_seed(self.recipe.seed, name)
+        return rounding_for(values, selection, parts, loaded[1], seed, group)
+
+    def _elements(self, name: str, loaded: Loaded) -> Iterator[tuple[slice, Elements]]:
+        """What may be kept of a tensor, in parts."""
+        base, dtype = loaded[:2]
+        for part in slices(base.size):
+            changes = self.changes(name, loaded, part, self.recipe.prune == "signs")
+            yield part, Elements(to_float32(base[part], dtype), *changes, _NOWHERE, part.start)
+
     def prune(
-        self, name: str, loaded: Loaded, shared: Selection | None, multiples: Levels | None = None
+        self,
+        name: str,
+        loaded: Loaded,
+        shared: Selection | None,
+        multiples: Levels | None = None,
+        rounding: Rounding | None = None,
     ) -> Words:
         """A tensor of a pruned group, pruned by the recipe, in the base's dtype. -> [numel].
 
-        multiples: [numel] zeros, receives those of the step that ``sampled`` keeps.
+        multiples: [numel] zeros, receives those of the step that is kept, where there is one.
+        rounding: as :meth:`rounding` says, None where that was not asked.
         """
         fixed = self.fixed(name, loaded)
         if fixed is not None:
             return round_float32(fixed, loaded[1])
         selection, group = self.selection_of(name, loaded, shared)
+        rounding = rounding or self.rounding(name, loaded, shared)
         base, dtype = loaded[:2]
         out, seed = base.copy(), tensor_seed(self.recipe.seed, name)
-        for part in slices(base.size):
-            changes = self.changes(name, loaded, part, self.recipe.prune == "signs")
-            elements = Elements(to_float32(base[part], dtype), *changes, _NOWHERE, part.start)
-            into = (multiples[part],) if multiples is not None else ()
-            indices, values = select(selection, elements, dtype, seed, group, *into)
+        levels = np.empty(0, np.int16) if multiples is None else multiples
+        for part, elements in self._elements(name, loaded):
+            indices, values = select(
+                selection, elements, dtype, seed, group, levels[part], rounding
+            )
             out[part][indices] = round_float32(values, dtype)
         return out
 
 
+def rounding_for(
+    values: Values,
+    selection: Selection,
+    parts: Iterable[Elements],
+    dtype: DType,
+    seed: int,
+    group: int,
+) -> Rounding:
+    """What to round the changes to that a selection keeps of a tensor. parts: of its elements."""
+    if values == "exact":
+        return EXACT
+    tally = empty_tally()
+    for elements in parts:
+        add_to_tally(tally, selection, elements, dtype, seed, group)
+    return rounding_of(tally, values)
+
+
 @lru_cache  # asked once a tensor, for every candidate of a search
-def _bits(kind: Kind, density: float) -> float:
+def _bits(kind: Kind, density: float, values: Values) -> float:
     """About what a weight takes."""
     if kind == "signs":
         return density
     if kind == "exact":
-        return _VALUE_BITS * density + _entropy(density)
+        bits = _VALUE_BITS
+        if values != "exact":
+            bits = 1 + _BIT_BITS * (BITS.get(values, _AUTO_BITS) - 1)
+        return bits * density + _entropy(density)
     # Of magnitudes with an exponential distribution in units of the step, rounded at random.
     low, high = 1e-9, 1e9
     for _ in range(100):

@@ -94,6 +94,14 @@ def _recipe_options(function: F) -> F:
             "scaled (DARE).  [default: signs; with --retain the best of all but random]",
         ),
         click.option(
+            "--values",
+            type=click.Choice(["auto", "exact", "int8", "int4", "int3", "int2", "sign"]),
+            help="How precisely --prune magnitude and random store what they keep. intB: in B "
+            "bits, a sign and 2^(B - 1) sizes, multiples of a step of the tensor. sign: one size. "
+            "auto: in the fewest bits that lose at most 0.5 % of each tensor's squares; with "
+            "--retain, what makes the smallest file.  [default: auto]",
+        ),
+        click.option(
             "--scope",
             type=click.Choice(["global", "tensor"]),
             default="global",
@@ -203,8 +211,8 @@ def _recipe_options(function: F) -> F:
     type=click.Choice(["fast", "default", "max"]),
     default="default",
     show_default=True,
-    help="Time against size where values are stored exactly (--lossless, --prune magnitude and "
-    "random): fast is quickest to pack and unpack, max is smallest.",
+    help="Time against size where values are stored exactly (--lossless, --values exact): fast is "
+    "quickest to pack and unpack, max is smallest.",
 )
 @_force
 @_json
@@ -277,7 +285,7 @@ def pack(
     elif report.recipe and report.recipe.search:
         _print_search(report.recipe)
     if report.quality:
-        _print_quality(report.quality, report.recipe.prune if report.recipe else "")
+        _print_quality(report.quality, report.recipe)
 
 
 @main.command()
@@ -658,7 +666,7 @@ def bench(
     from nps_compress.bench.projection import Plan
     from nps_compress.bench.results import refuse_outputs
     from nps_compress.bench.run import Settings, bench_model, bench_tasks
-    from nps_compress.recipe import DEFAULT_RULE, Recipe, default_density
+    from nps_compress.recipe import DEFAULT_RULE, Recipe, default_density, default_values
 
     _refuse_together(ctx, "--lossless", lossless, {"density", "prune"})
     if like is not None and paths:
@@ -676,7 +684,8 @@ def bench(
     rule = prune or DEFAULT_RULE
     recipe = None
     if not lossless:
-        recipe = Recipe(prune=rule, density=default_density(rule) if density is None else density)
+        share = default_density(rule) if density is None else density
+        recipe = Recipe(prune=rule, density=share, values=default_values(rule))
     count = tasks if tasks is not None else max(len(paths) - 1, 0) or 100
     plan = Plan(
         count,
@@ -837,9 +846,11 @@ def _bundled(task: BundledTask) -> dict[str, Any]:
 def _recipe(options: dict[str, Any], calibrated: bool) -> Recipe:
     from nps_compress.recipe import (
         DEFAULT_RULE,
+        ROUNDED,
         Recipe,
         default_density,
         default_importance,
+        default_values,
     )
 
     names = ("density", "scope", "seed")
@@ -847,6 +858,10 @@ def _recipe(options: dict[str, Any], calibrated: bool) -> Recipe:
     plain["prune"] = options["prune"] or DEFAULT_RULE
     if plain["density"] is None:
         plain["density"] = default_density(plain["prune"])
+    if options["values"] is not None and plain["prune"] not in ROUNDED:
+        what = f"--values {options['values']} needs --prune {' or '.join(ROUNDED)}"
+        raise click.UsageError(f"{what}, received {plain['prune']}")
+    plain["values"] = options["values"] or default_values(plain["prune"])
     plain["importance"] = options["importance"] or default_importance(plain["prune"], calibrated)
     if not calibrated or not options["generations"]:
         return Recipe(**plain)
@@ -927,15 +942,17 @@ def _or_nothing(error: float | None) -> str:
     return "" if error is None else f"{error:.3g}"
 
 
-def _print_quality(quality: Quality, rule: str) -> None:
+def _print_quality(quality: Quality, recipe: Recipe | None) -> None:
     said = (
         f"{quality.metric} on {quality.examples} calibration examples: base {quality.base:.5g}, "
         f"fine-tune {quality.finetuned:.5g}, packed {quality.packed:.5g}"
     )
     if quality.retained is None:
         said += ", of which no share can be stated"
-    else:
-        said += f": {quality.retained:.2%} kept by --prune {rule} at density {quality.density:.3g}"
+    elif recipe:
+        values = f" --values {recipe.values}" if recipe.values != "exact" else ""
+        how = f"--prune {recipe.prune}{values} at density {quality.density:.3g}"
+        said += f": {quality.retained:.2%} kept by {how}"
     if quality.trials:
         said += f", found in {len(quality.trials)} trials"
     if quality.low is not None and quality.high is not None:

@@ -125,9 +125,10 @@ def _encode_tensor(
     if pruner:
         loaded = pruner.load(name)
         before = loaded[0]
-        if kind == "grid":
+        rounding = pruner.rounding(name, loaded, selection)
+        if kind == "grid" or rounding.step:
             multiples = np.zeros(before.size, np.int16)
-        after = pruner.prune(name, loaded, selection, multiples)
+        after = pruner.prune(name, loaded, selection, multiples, rounding)
         moved = distortion(*loaded, after)
     else:
         before, after = read(pair_.base, base_name), read(pair_.finetuned, name)
@@ -140,15 +141,17 @@ def _encode_tensor(
     chunks: list[EncodedChunk] = []
     # Where fewer are kept, positions cost less than a factor for each row and column, and a reader
     # would draw or decode more than the format allows.
-    if pruner and kind != "exact" and changed * _MAX_EXAMINED_PER_KEPT >= before.size > 0:
+    stored_apart = multiples is not None or kind == "signs"
+    if pruner and stored_apart and changed * _MAX_EXAMINED_PER_KEPT >= before.size > 0:
         levels = pruner.levels(name, loaded)
         if levels is not None:
             codec, chunk_log2, chunks = _encode_levels(*levels)
         elif multiples is None:
             codec, chunk_log2, chunks = _encode_signs(pruner, name, loaded, changed, selection)
         else:
-            found = pruner.grid_parameters(name, loaded, selection)
-            if found:
+            step = pruner.step(name, loaded, selection, rounding)
+            if step:
+                found = pruner.grid_parameters(name, loaded, step)
                 codec, chunk_log2, chunks = _encode_grid(found, multiples, changed)
                 work = sum(chunk.raw_bytes + chunk.work for chunk in chunks)
                 if work > MOST_WORK * _stored_bytes(chunks):

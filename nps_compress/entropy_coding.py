@@ -1,11 +1,11 @@
 """Small integers to nearly as few bytes as their distribution allows, and back.
 
 Each magnitude becomes binary decisions: whether its bit length exceeds 0, 1, 2, ..., then its bits
-below the leading one. The chances of the lengths, and of the first bit after the leading one, are
-learned as coding goes on, apart for each *context*, which both sides know from elsewhere; further
-bits are taken to be even. The range variant of asymmetric numeral systems (Duda, arXiv 1311.2540)
-turns decisions into bytes. Defined bit by bit in format_spec/SPEC.md. Decoding treats every stream
-as hostile.
+below the leading one. The chances of the lengths, and of the first two bits after the leading one,
+are learned as coding goes on, apart for each *context*, which both sides know from elsewhere;
+further bits are taken to be even. The range variant of asymmetric numeral systems (Duda, arXiv
+1311.2540) turns decisions into bytes. Defined bit by bit in format_spec/SPEC.md. Decoding treats
+every stream as hostile.
 """
 
 from __future__ import annotations
@@ -27,7 +27,11 @@ OK, ENDS_EARLY, ENDS_LATE, MISCOUNTED = range(4)
 # How far a decision moves a chance that n others have moved, in units of 2^-16: 1 / (n + 1.5).
 _RATES = np.array([(1 << 17) // (2 * n + 3) for n in range(512)], np.int64)
 EVEN = np.int64(1 << 31)
-_LEARNED = 2 * (_LENGTHS + 1)  # a context's chances: by length, of more, and of the next bit
+_LEARNED_BELOW = 4  # a bit's chance is learned where those above it, from the leading one, are less
+# A context's chances: of more, by length so far; from here on of a next bit, by length and the
+# bits above it.
+_BITS = _LENGTHS + 1
+_LEARNED = _BITS + _LEARNED_BELOW * (_LENGTHS + 1)
 
 
 def stream_bytes_range(numel: Any) -> tuple[int, Any]:
@@ -101,13 +105,14 @@ def _decide(magnitudes, contexts, decisions):  # type: ignore[no-untyped-def]
             if not longer:
                 break
             length += 1
-        at += _LENGTHS + length
+        at += _BITS + _LEARNED_BELOW * length
         for below in range(length - 2, -1, -1):
             bit = (magnitude >> below) & 1
+            above = magnitude >> (below + 1)
             share = np.int64(32768)
-            if below == length - 2:
-                share = share_of(chances[at])
-                learn(chances, seen, at, bit)
+            if above < _LEARNED_BELOW:
+                share = share_of(chances[at + above])
+                learn(chances, seen, at + above, bit)
             decisions[made] = np.uint32(2 * share + bit)
             made += 1
     return made
@@ -152,7 +157,7 @@ def _decode(words, contexts, positions, magnitudes):  # type: ignore[no-untyped-
         below = 0  # bits that follow the leading one
         magnitude = np.int64(0)
         while True:
-            learned = magnitude < 2
+            learned = magnitude < _LEARNED_BELOW
             share = np.uint64(share_of(chances[at])) if learned else np.uint64(32768)
             low = state & np.uint64(0xFFFF)
             one = int(low < share)
@@ -170,6 +175,7 @@ def _decode(words, contexts, positions, magnitudes):  # type: ignore[no-untyped-
             if magnitude:
                 magnitude = 2 * magnitude + one
                 below -= 1
+                at += 1 + one  # which matters after the first bit alone
             else:
                 length += one
                 if one and length < _LENGTHS:
@@ -177,7 +183,7 @@ def _decode(words, contexts, positions, magnitudes):  # type: ignore[no-untyped-
                     continue
                 magnitude = np.int64(length > 0)
                 below = length - 1
-                at = np.int64(contexts[i]) * _LEARNED + _LENGTHS + length
+                at = np.int64(contexts[i]) * _LEARNED + _BITS + _LEARNED_BELOW * length + 1
             if below <= 0:
                 break
         if magnitude:

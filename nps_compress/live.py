@@ -17,12 +17,13 @@ import numpy.typing as npt
 
 from nps_compress._jit import jit
 from nps_compress._threads import workers
-from nps_compress.candidates import Loaded, Pruner, slices
+from nps_compress.candidates import Loaded, Pruner, rounding_for, slices
 from nps_compress.dtypes import to_float32
 from nps_compress.errors import CheckpointError
 from nps_compress.prune import Elements, Reach, Selection, reach, select, tensor_seed, within
 from nps_compress.recipe import Recipe
 from nps_compress.task_vector import Float32
+from nps_compress.values import Values
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +62,8 @@ class LiveModel:
                 tensor.write_all(fixed)
                 return
             selection, group = pruner.selection_of(name, tensor.loaded, shared, recipe)
-            tensor.write(selection, group, tensor_seed(recipe.seed, name))
+            values = pruner.values_of(name, recipe)
+            tensor.write(selection, group, tensor_seed(recipe.seed, name), values)
 
         self._for_each(run)
 
@@ -101,9 +103,10 @@ class _LiveTensor:
         self._write_all(values)
         self._changed = None
 
-    def write(self, selection: Selection, group: int, seed: int) -> None:
-        elements = self._short_list(selection, group, seed)
-        indices, values = select(selection, elements, self.loaded[1], seed, group)
+    def write(self, selection: Selection, group: int, seed: int, precision: Values) -> None:
+        elements, dtype = self._short_list(selection, group, seed), self.loaded[1]
+        rounding = rounding_for(precision, selection, [elements], dtype, seed, group)
+        indices, values = select(selection, elements, dtype, seed, group, rounding=rounding)
         if self._flat is None:
             whole = to_float32(*self.loaded[:2]).copy()
             whole[elements.at[indices]] = values

@@ -22,6 +22,9 @@ All rank by score: the magnitude times an importance (see importance.py; 1 where
 ``sampled`` then keeps with probability min(1, score / step), at multiples of step / importance:
 still unbiased, with the errors where they matter least; ``signs`` does the same.
 
+What ``magnitude`` and ``random`` keep is stored exactly, or rounded to nearest multiples of a step
+of the tensor (values.py), over the importance likewise.
+
 Draws come from a counter: (seed, tensor name, position) fix the outcome, whatever the chunking.
 Those of ``signs`` have 16 bits, four from each number, and probabilities are rounded to match: a
 reader has to draw again for every weight.
@@ -51,6 +54,7 @@ from nps_compress.task_vector import (
     Ranking,
     keys_of,
 )
+from nps_compress.values import EXACT, TALLY_SHIFT, Rounding, Tally
 
 Rule = Literal["magnitude", "sampled", "signs", "random"]
 RULES: tuple[Rule, ...] = get_args(Rule)
@@ -59,6 +63,7 @@ CUTS: tuple[Cuts, ...] = get_args(Cuts)
 MAX_SUBSPACES = 64
 Levels = npt.NDArray[np.int16]
 _NOT_WANTED: Levels = np.empty(0, np.int16)
+_NO_TALLY: Tally = np.empty((3, 0))
 COEFFICIENTS = (1e-6, 1e6)  # as far as a search may go, narrow enough for float32
 
 
@@ -185,16 +190,43 @@ def select(
     seed: int,
     group: int = 0,
     levels: Levels = _NOT_WANTED,
+    rounding: Rounding = EXACT,
 ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.float32]]:
     """What is kept of a tensor whose base has ``dtype`` (F16, BF16 or F32).
 
     -> [nnz] indices into ``elements`` ascending, and [nnz] weights rounded to ``dtype``; none is
     equal to the base's. ``seed`` from :func:`tensor_seed`. levels: [n], receives the multiples of
-    the step that ``sampled`` keeps, at their indices.
+    the step that ``sampled`` keeps, at their indices, or those of ``rounding``, which is for
+    ``magnitude`` and ``random``.
     """
     size = elements.tau.size
     indices, values = np.empty(size, np.uint32), np.empty(size, np.float32)
-    kept = _select(
+    into = indices, values, levels, _NO_TALLY
+    kept = _run(selection, elements, dtype, seed, group, rounding, *into)
+    return indices[:kept], values[:kept]
+
+
+def add_to_tally(
+    tally: Tally, selection: Selection, elements: Elements, dtype: DType, seed: int, group: int
+) -> None:
+    """Count the sizes, times importance, of what ``magnitude`` or ``random`` keeps."""
+    nothing = np.empty(0, np.uint32), np.empty(0, np.float32), _NOT_WANTED
+    _run(selection, elements, dtype, seed, group, EXACT, *nothing, tally)
+
+
+def _run(
+    selection: Selection,
+    elements: Elements,
+    dtype: DType,
+    seed: int,
+    group: int,
+    rounding: Rounding,
+    indices: npt.NDArray[np.uint32],
+    values: npt.NDArray[np.float32],
+    levels: Levels,
+    tally: Tally,
+) -> int:
+    kept: int = _select(
         elements.before,
         elements.tau,
         elements.importance,
@@ -212,11 +244,14 @@ def select(
         np.uint64(seed),
         np.uint32(DROPPED_BITS[dtype.name]),
         np.float32(LARGEST[dtype.name]),
+        rounding.step,
+        rounding.most,
         indices,
         values,
         levels,
+        tally,
     )
-    return indices[:kept], values[:kept]
+    return kept
 
 
 @dataclass(frozen=True)
@@ -432,9 +467,12 @@ def _select(  # type: ignore[no-untyped-def]
     seed,
     dropped,
     largest,
+    grid_step,
+    most,
     indices,
     values,
     levels,
+    tally,
 ):
     kept = 0
     rates = np.ones(rank.size)  # by subspace, the probability for a score of 1
@@ -457,11 +495,10 @@ def _select(  # type: ignore[no-untyped-def]
                 continue
             if key == boundary[m] and draw_of(seed, position) >= tie_share:
                 continue
-            word = rounded(before[i] + value, dropped)
         elif rule == _RANDOM:
             if draw_of(seed, position) >= density:
                 continue
-            word = rounded(before[i] + np.float32(value / density), dropped)
+            value = np.float32(value / density)
         elif rule == _SIGNS:
             level = LEVELS
             if step > 0.0:
@@ -496,6 +533,18 @@ def _select(  # type: ignore[no-untyped-def]
                     word = high
                     level += 1.0
                 multiple = sign * level
+        if rule in (_MAGNITUDE, _RANDOM):
+            if tally.size:
+                _tally(np.float32(abs(value) * weight), tally)
+                continue
+            if grid_step > 0.0:
+                size = np.float32(grid_step / weight)
+                if size == 0:
+                    continue
+                multiple = min(np.rint(abs(np.float64(value)) / size), most)
+                multiple = multiple if value > 0 else -multiple
+                value = np.float32(np.float32(multiple) * size)
+            word = rounded(before[i] + value, dropped)
         if word == before[i] or not abs(word) <= largest:
             continue
         if levels.size:
@@ -504,3 +553,13 @@ def _select(  # type: ignore[no-untyped-def]
         values[kept] = word
         kept += 1
     return kept
+
+
+@jit
+def _tally(size, tally):  # type: ignore[no-untyped-def]
+    bits = np.float32(size).view(np.uint32)
+    if bits < np.uint32(0x7F800000):
+        at = bits >> np.uint32(TALLY_SHIFT)
+        tally[0, at] += 1.0
+        tally[1, at] += np.float64(size)
+        tally[2, at] += np.float64(size) * np.float64(size)

@@ -24,12 +24,14 @@ from nps_compress.prune import (
     check_density,
     top_shares,
 )
+from nps_compress.values import VALUES, Values
 
 VERSION = 1
 # Best on average over `make quality`, at a third of the bytes of the next best.
 DEFAULT_RULE: Rule = "signs"
 Importance = Literal["magnitude", "fisher", "activation"]
 IMPORTANCES: tuple[Importance, ...] = get_args(Importance)
+ROUNDED: tuple[Rule, ...] = ("magnitude", "random")  # whose values may be stored in a few bits
 Scope = Literal["global", "tensor"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 
@@ -40,7 +42,8 @@ class Recipe:
 
     ``density`` is the share of elements kept, in (0, 1]. ``scope`` says whether magnitudes are
     ranked over the whole task vector or within each tensor; ``importance`` by what: the magnitude
-    alone, or times an importance measured on calibration data (importance.py). ``top_shares`` cut
+    alone, or times an importance measured on calibration data (importance.py). ``values`` says how
+    precisely ``magnitude`` and ``random`` store what they keep (values.py). ``top_shares`` cut
     that ranking into subspaces (descending; none: one subspace) and ``coefficients`` scale them,
     the lowest ranks first. ``subspace_densities`` (none: all 1), ``group_coefficients`` and
     ``group_densities`` (by name of a group of tensors, see groups.py; 1 where absent) are the
@@ -53,6 +56,7 @@ class Recipe:
     density: float = 0.05
     scope: Scope = "global"
     importance: Importance = "magnitude"
+    values: Values = "exact"
     top_shares: tuple[float, ...] = ()
     coefficients: tuple[float, ...] = (1.0,)
     subspace_densities: tuple[float, ...] = ()
@@ -69,6 +73,11 @@ class Recipe:
         if self.importance not in IMPORTANCES:
             names = ", ".join(IMPORTANCES)
             raise InvalidArgumentError("importance", self.importance, f"one of {names}")
+        if self.values not in VALUES:
+            raise InvalidArgumentError("values", self.values, f"one of {', '.join(VALUES)}")
+        if self.values != "exact" and self.prune not in ROUNDED:
+            what = f"used with {' or '.join(ROUNDED)}, not {self.prune}"
+            raise InvalidArgumentError("values", self.values, what)
         check_density(self.density)
         shares, coefficients = self.top_shares, self.coefficients
         if len(shares) >= MAX_SUBSPACES or not all(_is_number(s) and 0 < s < 1 for s in shares):
@@ -160,9 +169,15 @@ def default_importance(rule: Rule, calibrated: bool) -> Importance:
     return "fisher" if calibrated and rule in ("sampled", "signs") else "magnitude"
 
 
+def default_values(rule: Rule) -> Values:
+    """What rounds kept values in about half the bytes and keeps the same quality."""
+    return "auto" if rule in ROUNDED else "exact"
+
+
 # Fields that recipes of 0.1.0 lack, and what those recipes mean.
 _SINCE_0_1_0: dict[str, Any] = {
     "importance": "magnitude",
+    "values": "exact",
     "subspace_densities": [],
     "group_coefficients": {},
     "group_densities": {},

@@ -16,6 +16,7 @@ from typing import Any
 from nps_compress.checkpoint import Checkpoint
 from nps_compress.errors import CheckpointError
 from nps_compress.prune import RULES
+from nps_compress.values import VALUES
 
 _PREFIX = "quality_"
 _ERROR, _TENSOR_ERRORS = "quality_error", "quality_tensor_errors"
@@ -40,11 +41,22 @@ ERROR_MEANING = (
 
 @dataclass(frozen=True)
 class Trial:
-    """One density that was tried, the share that it kept, and by which rule."""
+    """One density that was tried, the share that it kept, by which rule, with which values."""
 
     density: float
     retained: float
     prune: str | None = None
+    values: str = "exact"
+
+    def to_list(self) -> list[object]:
+        """As in metadata."""
+        found: list[object] = [self.density, round(self.retained, 6), self.prune]
+        return found if self.values == "exact" else [*found, self.values]
+
+    @property
+    def how(self) -> str:
+        """Rule, and values where they are rounded."""
+        return f"{self.prune} {self.values}" if self.values != "exact" else str(self.prune)
 
 
 @dataclass(frozen=True)
@@ -99,11 +111,7 @@ class Quality:
         if _is_finite(self.low) and _is_finite(self.high):
             texts["interval"] = f"{self.low:.6g} to {self.high:.6g}"
         if self.trials:
-            tried = [
-                [t.density, round(t.retained, 6), t.prune]
-                for t in self.trials
-                if _is_finite(t.retained)
-            ]
+            tried = [trial.to_list() for trial in self.trials if _is_finite(trial.retained)]
             texts["trials"] = json.dumps(tried)
         return {_PREFIX + name: text for name, text in texts.items() if text is not None}
 
@@ -225,6 +233,9 @@ def recipe_words(metadata: Mapping[str, str]) -> str | None:
         str(recipe.get("importance")), "size"
     )
     parts = [f"{what}, ranked by {ranked} {where}"]
+    values = recipe.get("values")
+    if values in VALUES and values != "exact":
+        parts.append(f"values rounded ({values})")
     coefficients = recipe.get("coefficients")
     if isinstance(coefficients, list) and len(coefficients) > 1:
         parts.append(f"{len(coefficients)} subspaces with a coefficient each")
@@ -279,9 +290,10 @@ def _trials(text: str) -> tuple[Trial, ...]:
     pairs = read if isinstance(read, list) else []
     found = []
     for pair in pairs[:_MAX_TRIALS]:
-        if isinstance(pair, list) and len(pair) in (2, 3):
+        if isinstance(pair, list) and 2 <= len(pair) <= 4:
             density, retained = map(_finite, pair[:2])
-            rule = pair[2] if len(pair) == 3 and pair[2] in RULES else None
+            rule = pair[2] if len(pair) > 2 and pair[2] in RULES else None
+            values = pair[3] if len(pair) > 3 and pair[3] in VALUES else "exact"
             if density is not None and retained is not None:
-                found.append(Trial(density, retained, rule))
+                found.append(Trial(density, retained, rule, values))
     return tuple(found)

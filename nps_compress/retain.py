@@ -1,9 +1,9 @@
 """The smallest recipe that keeps a share of the fine-tune's quality.
 
-For each rule in turn, densities are tried from the largest that makes sense down, a factor of
-sqrt(2) apart, until two in a row keep too little, or no longer make a difference to the cost; then
-the step below the smallest that kept enough is halved twice. What costs more than the best so far
-is not tried.
+For each rule in turn, and each precision of values where ``auto`` leaves that open, densities are
+tried from the largest that makes sense down, a factor of sqrt(2) apart, until two in a row keep too
+little, or no longer make a difference to the cost; then the step below the smallest that kept
+enough is halved twice. What costs more than the best so far is not tried.
 Going down step by step costs more trials than bisection and does not trust one lucky draw far down.
 The rule that holds at the least cost wins: which one that is depends on the fine-tune.
 """
@@ -11,7 +11,7 @@ The rule that holds at the least cost wins: which one that is depends on the fin
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,11 +20,13 @@ import numpy as np
 from nps_compress.errors import InvalidArgumentError, RetainError
 from nps_compress.measured import Measured
 from nps_compress.prune import Rule
-from nps_compress.recipe import Recipe
+from nps_compress.recipe import ROUNDED, Recipe
 from nps_compress.report import RATIOS, Quality, Trial
+from nps_compress.values import Values
 
 # Sampled changes are nearly exact at 0.9.
 LARGEST_DENSITY: dict[Rule, float] = {"signs": 1.0, "sampled": 0.9, "magnitude": 0.5, "random": 0.5}
+VALUES_TRIED: tuple[Values, ...] = ("sign", "int2", "int4", "int8")
 STEP, REFINEMENTS = math.sqrt(2), 2
 SMALLEST_DENSITY = 1e-5
 _FAILURES = 2
@@ -98,16 +100,15 @@ def find_recipe(
         )
     trials: list[Trial] = []
     best: tuple[Recipe, Measured] | None = None
-    for rule in rules:
-        ruled = replace(recipe, prune=rule)
-        asked = _densities(LARGEST_DENSITY[rule])
+    for ruled in _variants(recipe, rules):
+        asked = _densities(LARGEST_DENSITY[ruled.prune])
         density = next(asked)
         while True:
             candidate = replace(ruled, density=density)
             enough = best is not None and cost(candidate) >= cost(best[0])
             if not enough:
                 found = measure(candidate)
-                trials.append(Trial(density, yardstick.share(found), rule))
+                trials.append(Trial(density, yardstick.share(found), ruled.prune, ruled.values))
                 on_trial(trials[-1])
                 enough = trials[-1].retained >= share
                 if enough:
@@ -136,6 +137,13 @@ def find_recipe(
         evaluations=len(trials),
     )
     return recipe, quality
+
+
+def _variants(recipe: Recipe, rules: Sequence[Rule]) -> Iterator[Recipe]:
+    for rule in rules:
+        wanted = recipe.values if rule in ROUNDED else "exact"
+        for values in VALUES_TRIED if wanted == "auto" else (wanted,):
+            yield replace(recipe, prune=rule, values=values)
 
 
 def _densities(largest: float) -> Generator[float, bool]:

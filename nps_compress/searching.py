@@ -293,7 +293,7 @@ class RetainJob(SearchJob):
                 replace(wanted, top_shares=(), coefficients=(1.0,)),
                 self._rules,
                 self._share,
-                lambda t: advance(f"{t.prune} at density {t.density:.3g} keeps {t.retained:.2%}"),
+                lambda t: advance(f"{t.how} at density {t.density:.3g} keeps {t.retained:.2%}"),
                 pruner.expected_bits,
             )
         searcher = self._evaluator(pruner) if self._options.generations else None
@@ -307,7 +307,7 @@ class RetainJob(SearchJob):
             )
             self._search(pruner, searcher, f".{density:.6g}", progress)
             found = evaluator.measure(pruner.recipe)
-            trial = Trial(density, evaluator.yardstick.share(found), recipe.prune)
+            trial = Trial(density, evaluator.yardstick.share(found), recipe.prune, recipe.values)
             quality = replace(
                 quality,
                 trials=(*quality.trials, trial),

@@ -55,6 +55,10 @@ def measured() -> list[dict[str, str]]:
                 for density in (0.002, 0.05, 0.5):
                     recipe = Recipe(prune="magnitude", density=density)
                     found.append(_row(Path(folder), name, recipe, level))
+            for values in ("int8", "int4", "int3", "int2", "sign"):
+                for density in (0.002, 0.05, 0.5):
+                    recipe = Recipe(prune="magnitude", density=density, values=values)  # type: ignore[arg-type]
+                    found.append(_row(Path(folder), name, recipe, "default"))
             for rule in ("signs", "sampled"):
                 for density in (0.002, 0.01, 0.05, 0.2, 0.5, 0.9):
                     recipe = Recipe(prune=rule, density=density)  # type: ignore[arg-type]
@@ -75,9 +79,12 @@ def _row(folder: Path, name: str, recipe: Recipe | None, level: str) -> dict[str
     )
     nps_compress.verify(folder / "base.safetensors", out)
     (tensor,) = nps_compress.inspect(out)["tensors"]
+    how = recipe.prune if recipe else "lossless"
+    if recipe and recipe.values != "exact":
+        how = f"{how} {recipe.values}"
     values = (
         name,
-        recipe.prune if recipe else "lossless",
+        how,
         recipe.density if recipe else "",
         level,
         " ".join(tensor["codecs"]),

@@ -168,6 +168,8 @@ def test_signs_of_a_sparse_fine_tune_are_worth_a_note(tmp_path):
     ("options", "expected"),
     [
         (("--prune", "random", "--density", 0.1), "random"),
+        (("--prune", "magnitude"), "magnitude"),
+        (("--prune", "magnitude", "--values", "int3", "--scope", "tensor"), "magnitude"),
         (("--prune", "signs", "--density", 0.2), "signs"),
         (("--prune", "signs", "--density", 0.2, "--scope", "tensor"), "signs"),
         (("--prune", "sampled", "--density", 0.5), "sampled"),
@@ -181,6 +183,9 @@ def test_rules_end_to_end(tiny, tmp_path, options, expected):
     assert "ok" in ok("verify", tiny[0], task)
     recipe = json.loads(nps_compress.inspect(task)["metadata"]["recipe"])
     assert recipe["prune"] == expected
+    default = "auto" if expected in ("magnitude", "random") else "exact"
+    asked = options[options.index("--values") + 1] if "--values" in options else default
+    assert recipe["values"] == asked
     (tmp_path / "r.json").write_text(json.dumps(recipe))
     ok("pack", *tiny, "-o", tmp_path / "u.nps", "--recipe", tmp_path / "r.json")
     assert (tmp_path / "u.nps").read_bytes() == task.read_bytes()
@@ -349,6 +354,14 @@ class TestBadInput:
         assert "genes must be without 'subspace-density' where the rule is sampled" in line
         assert "subspace-density" in fails(*call, *searched, "--retain", 0.9)
         assert "is not one of" in fails(*call, "--prune", "dare", code=2)
+        for rule in (("--prune", "signs"), ("--prune", "sampled"), ()):
+            line = fails(*call, *rule, "--values", "int4", code=2)
+            received = rule[1] if rule else "signs"
+            assert f"--values int4 needs --prune magnitude or random, received {received}" in line
+        assert "--values can't be used with --lossless" in fails(
+            *call, "--lossless", "--values", "int4", code=2
+        )
+        assert "is not one of" in fails(*call, "--prune", "magnitude", "--values", "int5", code=2)
         assert not (tmp_path / "t.nps").exists()
 
     def test_terminal_escapes_stay_out_of_messages(self, tiny, tmp_path):

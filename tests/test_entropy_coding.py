@@ -174,8 +174,9 @@ class TestByHand:
         assert decode(other, np.array([0, 1], np.int8), 0)[0] == OK
 
     def test_bits_of_a_magnitude(self):
-        """5 = 101: lengths 1, 1, 1, 0, then 0 (learned), then 1 (even), all at 32768: the state
-        gains a bit for each, the first decision being its lowest 16 bits' highest but inverted."""
+        """5 = 101: lengths 1, 1, 1, 0, then 0, then 1, all at 32768, nothing being learned yet: the
+        state gains a bit for each, the first decision being its lowest 16 bits' highest but
+        inverted."""
         state = 1 << 32
         for bit in reversed([1, 1, 1, 0, 0, 1]):
             quotient, rest = divmod(state, 32768)
@@ -183,6 +184,25 @@ class TestByHand:
         stream = struct.pack("<Q", state)
         assert encode_magnitudes(np.array([5], np.int16), np.zeros(1, np.int8)) == stream
         assert decode(stream, np.zeros(1, np.int8), 1)[2].tolist() == [5]
+
+    def test_the_second_bit_knows_the_first(self):
+        """The last 0 of 6 = 110 follows 11 for the first time; that of a second 4 = 100 does not
+        follow 10 for the first time."""
+        # From 32768 a share moves to 10923 (see above), or for a 1 by the same way to 54612.
+        for magnitudes, last in (([4, 6], 32768), ([4, 4], 10923)):
+            shares = [*[32768] * 6, *[54612] * 3, 10923, 10923, last]
+            first = magnitudes[1] >> 1 & 1
+            decided = [*(1, 1, 1, 0, 0, 0), *(1, 1, 1, 0, first, 0)]
+            state, words = 1 << 32, []
+            for bit, share in reversed(list(zip(decided, shares, strict=True))):
+                width = share if bit else 65536 - share
+                if state >> 48 >= width:
+                    words.insert(0, state & 0xFFFFFFFF)
+                    state >>= 32
+                state = state // width * 65536 + state % width + (0 if bit else share)
+            stream = struct.pack(f"<Q{len(words)}I", state, *words)
+            assert encode_magnitudes(np.array(magnitudes, np.int16), np.zeros(2, np.int8)) == stream
+            assert decode(stream, np.zeros(2, np.int8), 2)[2].tolist() == magnitudes
 
     def test_a_word_is_taken_below_the_lowest_state(self):
         """32 even decisions make one word, and it is taken where the state has sunk below 2^32."""

@@ -46,6 +46,7 @@ ORDER = [
     "checkpoint",
     "task_vector",
     "distortion",
+    "values",
     "prune",
     "signs",
     "groups",

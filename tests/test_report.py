@@ -79,6 +79,21 @@ def write_file(path: Path, metadata: dict[str, str], name: str = "w") -> Path:
 
 
 class TestMetadata:
+    def test_trials_of_rounded_values(self):
+        tried = (Trial(0.5, 1.0, "magnitude", "int4"), Trial(0.25, 0.9, "magnitude"))
+        texts = Quality("kl", trials=tried).to_metadata()
+        assert texts["quality_trials"] == (
+            '[[0.5, 1.0, "magnitude", "int4"], [0.25, 0.9, "magnitude"]]'
+        )
+        found = Quality.from_metadata(texts)
+        assert found is not None
+        assert found.trials == tried
+        assert [trial.how for trial in tried] == ["magnitude int4", "magnitude"]
+        texts["quality_trials"] = '[[0.5, 1, "magnitude", "int5"], [0.5, 1, "random", [1]]]'
+        found = Quality.from_metadata(texts)
+        assert found is not None
+        assert [trial.values for trial in found.trials] == ["exact", "exact"]
+
     def test_round_trip(self):
         assert Quality.from_metadata(FULL.to_metadata()) == FULL
         assert Quality.from_metadata(Quality("kl").to_metadata()) == Quality("kl")
@@ -164,7 +179,11 @@ class TestMetadata:
             "the largest 0.02 of the changes, ranked by size over the whole model; 3 subspaces "
             "with a coefficient each; searched in 31 evaluations; seed 5"
         )
+        assert "; values rounded (int3); 3 sub" in recipe_words(
+            {"recipe": json.dumps(recipe | {"values": "int3"})}
+        )
         recipe |= {"search": {"evaluations": EVIL}, "seed": EVIL, "coefficients": EVIL}
+        recipe |= {"values": EVIL}
         assert recipe_words({"recipe": json.dumps(recipe)}) == (
             "the largest 0.02 of the changes, ranked by size over the whole model"
         )

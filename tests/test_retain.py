@@ -107,6 +107,39 @@ class TestRules:
         stored = json.loads(quality.to_metadata()["quality_trials"])
         assert {rule for _, _, rule in stored} == {"sampled", "magnitude"}
 
+    def test_precisions_are_tried_where_the_recipe_leaves_them_open(self):
+        """Of --prune magnitude; what keeps enough at the fewest bits is taken."""
+        edges = {"sign": 0.3, "int2": 0.1, "int4": 0.09, "int8": 0.09, "exact": 0.09}
+        asked = []
+
+        def measure(recipe):
+            asked.append((recipe.prune, recipe.values))
+            enough = recipe.prune == "magnitude" and recipe.density >= edges[recipe.values]
+            return right(1.0 if enough else 0.5)
+
+        def found(values, rules=("magnitude",)):
+            asked.clear()
+            recipe, quality = retain_module.find_recipe(
+                measure,
+                Yardstick("accuracy", right(0), right(1)),
+                Recipe(prune="magnitude", values=values),
+                rules,
+                0.99,
+                cost=lambda r: r.density * {"sign": 1, "int2": 1.5, "int4": 3}.get(r.values, 8),
+            )
+            assert [(t.prune, t.values) for t in quality.trials] == asked
+            return recipe
+
+        assert found("auto").values == "int2"
+        assert asked.index(("magnitude", "sign")) == 0
+        assert sum(values == "int8" for _, values in asked) <= 4  # where that may pay
+        assert found("int8").values == "int8"
+        assert {values for _, values in asked} == {"int8"}
+        assert found("exact").values == "exact"
+        # Another rule rounds by itself.
+        assert found("auto", ("sampled", "magnitude")).prune == "magnitude"
+        assert ("sampled", "exact") in asked
+
     def test_the_first_wins_a_tie_and_one_may_fail(self):
         step = lambda d: 1.0 if d >= 0.1 else 0.5  # noqa: E731
         assert find_by_rule({"magnitude": step, "random": step})[0].prune == "magnitude"

@@ -111,6 +111,7 @@ def decisions_of(coded: Sequence[tuple[int, int]]) -> Decisions:
     """coded: magnitude and context of each element that has a code."""
     lengths = [[Chance() for _ in range(15)] for _ in range(64)]
     seconds = [[Chance() for _ in range(16)] for _ in range(64)]
+    thirds = [[[Chance(), Chance()] for _ in range(16)] for _ in range(64)]
     out: Decisions = []
 
     def learned(chance: Chance, bit: int) -> None:
@@ -125,6 +126,8 @@ def decisions_of(coded: Sequence[tuple[int, int]]) -> Decisions:
             bit = magnitude >> (size - 1 - number) & 1
             if number == 1:
                 learned(seconds[context][size], bit)
+            elif number == 2:
+                learned(thirds[context][size][magnitude >> (size - 2) & 1], bit)
             else:
                 out.append((bit, 32768))
     return out
