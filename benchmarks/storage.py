@@ -288,6 +288,8 @@ def _step(step: str, worker: Worker, provider: Provider, at: Path) -> tuple[floa
     source, out = (tuned, packed) if step == "encode" else (packed, at / "rebuilt")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
+    if hasattr(os, "sync"):
+        os.sync()  # so that who waits for the disk does not wait for what others have written
     return worker.run(step, at / "base", source, out)
 
 
