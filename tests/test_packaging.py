@@ -67,6 +67,7 @@ ORDER = [
     "callables",
     "fitness",
     "importance",
+    "resident",
     "reconstruct",
     "retain",
     "live",
