@@ -106,7 +106,7 @@ ONLY_IN = {
     "safetensors": {"checkpoint"},
     "torch": {
         *("kernels", "torch_words", "batches", "adapters", "models", "divergence", "fitness"),
-        *("importance", "reconstruct", "live", "evaluator"),
+        *("importance", "resident", "reconstruct", "live", "evaluator"),
     },
 }
 
