@@ -210,6 +210,39 @@ def test_where_changes_are_may_be_said_either_way(way, rng, in_mask):
     assert_all_agree(way, base, left, right)
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_sums_are_rounded_to_even(way, rng, dtype):
+    """Halves of a unit in the last place, of subnormals too, and sums that reach infinity."""
+    half = torch.finfo(dtype).eps / 2
+    least = {torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24, torch.float32: 2.0**-149}[dtype]
+    largest = torch.finfo(dtype).max
+    at = torch.from_numpy(rng.integers(0, 128, (3, 600))).double()
+    numbers = torch.stack([1 + at[0] * 2 * half, at[1] * least, largest * (1 - at[2] % 4 * half)])
+    numbers *= torch.from_numpy(rng.choice([-1.0, 1.0], (3, 600)))
+    base = [numbers.to(dtype)]
+    steps = torch.tensor([half, max(least / 2, 2.0**-149), largest * half / 4]).float()
+    rows = torch.arange(3, dtype=torch.int8)
+    levels = torch.from_numpy(rng.integers(-9, 10, 1800).astype(np.int8))
+    grid = Grid(levels, Factors(rows, torch.zeros(600, dtype=torch.int8), steps, 0))
+    made = [form_of(1800, np.arange(1800), grid)]
+    in_halves = (base[0][0].double() + levels[:600] * half) / half
+    assert (in_halves % 2 == 1).sum() > 200
+    assert_all_agree(way, base, made, [None])
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_a_change_too_small_leaves_the_sign_of_zero(way, dtype):
+    """-0.0 plus what rounds to 0.0 is the same number: the base's word stays."""
+    shape = (1, 64)
+    base = [torch.tensor([-0.0, 0.0] * 32, dtype=dtype).reshape(shape)]
+    other = -120 if dtype == torch.float32 else -20
+    sizes, factors = (Factors.of([at], np.full(64, at), POWERS) for at in (-120, other))
+    minus = torch.from_numpy(np.array([0b0110_0110] * 8, np.uint8))
+    made = [form_of(64, np.arange(64), Signs(minus, sizes, factors))]
+    assert bits(expected(base, made)[0]) == bits(base[0])
+    assert_all_agree(way, base, made, [None])
+
+
 @pytest.mark.parametrize(
     "dtype", [torch.int8, torch.uint8, torch.bool, torch.int64, torch.float64, torch.int32], ids=str
 )
@@ -342,6 +375,19 @@ def test_a_form_that_lies_writes_nothing_out_of_bounds(way, rng, kind, in_mask):
                 assert (memory[-GUARD:] == 0x5A).all(), name
 
 
+def test_gaps_past_their_block_leave_the_next_one_alone(way, rng):
+    tensor = random_tensor(rng, (1, 2 * BLOCK), torch.int16)
+    anchors = torch.tensor([[0, 0], [80, 80], [80, 80]], dtype=torch.int32)
+    gaps = forms.Gaps(torch.full((80,), 250, dtype=torch.uint8), anchors)
+    words = torch.full((80,), 77, dtype=torch.int16)
+    form = Form(2 * BLOCK, 80, gaps, Words(words)).to(way.device)
+    tensors = on(way.device, [tensor])
+    changes = Changes(tensors, [form])
+    way.exchange(changes)
+    assert changes.fault.item()
+    assert bits(tensors.words[0][BLOCK:].cpu()) == bits(tensor[0, BLOCK:])
+
+
 def test_what_does_not_fit_is_refused(way, rng):
     base = random_tensor(rng, (4, 9), torch.bfloat16).to(way.device)
     other = base.clone()
@@ -380,6 +426,8 @@ def test_a_form_whose_parts_do_not_fit_is_refused(rng):
     tensor = random_tensor(rng, (4, 9), torch.bfloat16)
     words, signs = (random_form(rng, kind, 1.0, tensor, True) for kind in ("words", "signs"))
     gaps = random_form(rng, "words", 1.0, tensor, False).places
+    with pytest.raises(ValueError, match="129"):
+        Factors.of([129, 0], [-128], POWERS)
     short = Factors.of(np.zeros(3), np.zeros(9), POWERS)
     turned = Factors.of(np.zeros(9), np.zeros(4), POWERS)
     for wrong in (

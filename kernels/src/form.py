@@ -68,12 +68,18 @@ class Factors:
     def of(cls, rows: npt.ArrayLike, columns: npt.ArrayLike, table: npt.ArrayLike) -> Factors:
         """The part of a table that occurs. table: [2 h + 1], of the sums -h to h.
 
-        rows, columns: exponents; far below -h for what is never kept.
+        rows, columns: exponents; below -h for what is never kept.
+
+        Raises:
+            ValueError: an exponent does not fit a byte.
         """
         parts = [np.asarray(part, np.int64) for part in (rows, columns)]
         numbers = np.asarray(table, np.float32)
         half = len(numbers) // 2
         used = [part[part >= -half] for part in parts]
+        for exponent in (int(e) for part in used if part.size for e in (part.min(), part.max())):
+            if not -128 <= exponent <= 127:
+                raise ValueError(f"an exponent of {exponent}")
         low = sum(int(part.min()) for part in used if part.size)
         high = sum(int(part.max()) for part in used if part.size)
         occurring = torch.from_numpy(numbers[half + low : half + high + 1].copy())
