@@ -112,17 +112,28 @@ def mask_of(fields):  # type: ignore[no-untyped-def]
 def mask_tile(  # type: ignore[no-untyped-def]
     bits_ptr, counts_ptr, nnz, start, tile, numel, fault_ptr
 ):
-    """A tile of a mask. -> places in the block, which are kept, number among the kept: [1024]."""
+    """A tile of a mask. -> places in the block, which are kept, number among those kept: [1024].
+
+    Before the last: how many are kept before the tile. In 64 bits there is only what all lanes
+    share, here and elsewhere: registers are what limits how many programs run at a time.
+    """
     lane = tl.arange(0, MASK_TILE)
     first = start + tile * MASK_TILE
-    inside = first + lane < numel
-    bits = tl.load(bits_ptr + first // 32 + lane // 32, mask=inside, other=0)
+    is_inside = lane < _bounded(numel - first)
+    bits = tl.load((bits_ptr + first // 32) + lane // 32, mask=is_inside, other=0)
     kept = (bits >> (lane % 32)) & 1
     before = tl.load(counts_ptr + first // MASK_TILE, mask=first < numel, other=0)
-    rank = (before.to(tl.int64) & _LOW_32) + (tl.cumsum(kept, 0) - kept)
-    is_kept = (kept != 0) & (rank < nnz)
-    report((kept != 0) & (rank >= nnz), lane, fault_ptr)
-    return tile * MASK_TILE + lane, is_kept, rank
+    found = before.to(tl.int64) & _LOW_32
+    rank = tl.cumsum(kept, 0) - kept
+    fits = rank < _bounded(nnz - found)
+    report((kept != 0) & (fits == 0), lane, fault_ptr)
+    return tile * MASK_TILE + lane, (kept != 0) & fits, found, rank
+
+
+@triton.jit
+def _bounded(number):  # type: ignore[no-untyped-def]
+    """An int64 within what a tile is compared to."""
+    return tl.minimum(tl.maximum(number, 0), _BLOCK).to(tl.int32)
 
 
 @triton.jit
@@ -147,22 +158,22 @@ def gap_tile(  # type: ignore[no-untyped-def]
 ):
     """A tile of gaps, from entry ``at`` on, of a block whose first ``passed`` elements are done.
 
-    -> places in the block, which are kept, number among the kept: [256]; ``passed`` and ``found``
-    for the next tile.
+    -> places in the block, which are kept, number among those kept: [256]; what is then passed,
+    and how many were kept.
     """
     lane = tl.arange(0, GAP_TILE)
-    inside = at + lane < end
-    gap = tl.load(gaps_ptr + at + lane, mask=inside, other=0).to(tl.int32)
-    kept = (inside & (gap != _ESCAPE)).to(tl.int32)
+    is_inside = lane < _bounded(end - at)
+    gap = tl.load((gaps_ptr + at) + lane, mask=is_inside, other=0).to(tl.int32)
+    kept = (is_inside & (gap != _ESCAPE)).to(tl.int32)
     both = gap + kept + (kept << _KEPT_BITS)
     upto = tl.cumsum(both, 0)
     local = passed + (upto & _STEPS) - 1
-    rank = found + ((upto >> _KEPT_BITS) - kept)
-    fits = (local < _BLOCK) & (start + local < numel) & (rank < nnz)
+    rank = (upto >> _KEPT_BITS) - kept
+    fits = (local < _bounded(numel - start)) & (rank < _bounded(nnz - found))
     report((kept != 0) & (fits == 0), lane, fault_ptr)
     total = tl.sum(both, 0)
     passed = tl.minimum(passed + (total & _STEPS), _BLOCK)
-    return local, (kept != 0) & fits, rank, passed, found + (total >> _KEPT_BITS)
+    return local, (kept != 0) & fits, rank, passed, total >> _KEPT_BITS
 
 
 @triton.jit
@@ -194,32 +205,34 @@ def value_words(fields, WORD: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def moved(  # type: ignore[no-untyped-def]
-    fields, word, start, local, is_kept, rank, WORD: tl.constexpr, FLOAT: tl.constexpr
+    fields, word, start, local, is_kept, found, rank, WORD: tl.constexpr, FLOAT: tl.constexpr
 ):
     """The base's words changed by signs or a grid; the same where they don't move."""
     if FLOAT == _INTEGER:
         return word
     else:
-        change = _change(fields, start, local, is_kept, rank)
+        change = _change(fields, start, local, is_kept, found, rank)
         return _add(word, change, WORD, FLOAT)
 
 
 @triton.jit
-def _change(fields, start, local, is_kept, rank):  # type: ignore[no-untyped-def]
+def _change(fields, start, local, is_kept, found, rank):  # type: ignore[no-untyped-def]
     columns = tl.load(fields + _COLUMNS)
     first_row = start // columns
     at = (start - first_row * columns).to(tl.int32) + local
     row = at // columns.to(tl.int32)
     column = at - row * columns.to(tl.int32)
-    row = row + first_row
-    factor = _look_up(fields + _ROWS_2, row, column, is_kept)
+    factor = _look_up(fields + _ROWS_2, first_row, row, column, is_kept)
     values = tl.load(fields + _VALUES_POINTER)
     if tl.load(fields + _VALUES) == _SIGN_VALUES:
-        bits = tl.load(values.to(tl.pointer_type(tl.uint8)) + rank // 8, mask=is_kept, other=0)
-        minus = (bits.to(tl.int32) >> (rank % 8).to(tl.int32)) & 1
-        number = _look_up(fields + _ROWS_1, row, column, is_kept)
+        bits_ptr = values.to(tl.pointer_type(tl.uint8)) + found // 8
+        bit = (found % 8).to(tl.int32) + rank
+        bits = tl.load(bits_ptr + bit // 8, mask=is_kept, other=0)
+        minus = (bits.to(tl.int32) >> (bit % 8)) & 1
+        number = _look_up(fields + _ROWS_1, first_row, row, column, is_kept)
     else:
-        level = tl.load(values.to(tl.pointer_type(tl.int8)) + rank, mask=is_kept, other=0)
+        levels_ptr = values.to(tl.pointer_type(tl.int8)) + found
+        level = tl.load(levels_ptr + rank, mask=is_kept, other=0)
         level = level.to(tl.int32)
         minus = (level < 0).to(tl.int32)
         number = tl.where(level < 0, -level, level).to(tl.float32)
@@ -228,8 +241,8 @@ def _change(fields, start, local, is_kept, rank):  # type: ignore[no-untyped-def
 
 
 @triton.jit
-def _look_up(part, row, column, is_kept):  # type: ignore[no-untyped-def]
-    rows_ptr = tl.load(part).to(tl.pointer_type(tl.int8))
+def _look_up(part, first_row, row, column, is_kept):  # type: ignore[no-untyped-def]
+    rows_ptr = tl.load(part).to(tl.pointer_type(tl.int8)) + first_row
     columns_ptr = tl.load(part + 1).to(tl.pointer_type(tl.int8))
     table_ptr = tl.load(part + 2).to(tl.pointer_type(tl.float32))
     lowest = tl.load(part + 3).to(tl.int32)

@@ -31,42 +31,44 @@ def swap_block(  # type: ignore[no-untyped-def]
     if places == MASK_PLACES:
         bits, counts = blocks.mask_of(fields)
         for tile in range(_BLOCK // MASK_TILE):
-            local, is_kept, rank = blocks.mask_tile(
+            local, is_kept, found, rank = blocks.mask_tile(
                 bits, counts, nnz, start, tile, numel, fault_ptr
             )
             _swap(
-                words, start, local, is_kept, are_words, values + rank, old + rank, rank, fields,
+                words, start, local, is_kept, are_words, values, old, found, rank, fields,
                 UNDO, WORD, FLOAT,
             )  # fmt: skip
     elif places == GAP_PLACES:
         gaps, first, end, found = blocks.gaps_of(fields, block, fault_ptr)
         passed = 0
         for at in range(first, end, GAP_TILE):
-            local, is_kept, rank, passed, found = blocks.gap_tile(
+            local, is_kept, rank, passed, more = blocks.gap_tile(
                 gaps, nnz, at, end, passed, found, start, numel, fault_ptr
             )
             _swap(
-                words, start, local, is_kept, are_words, values + rank, old + rank, rank, fields,
+                words, start, local, is_kept, are_words, values, old, found, rank, fields,
                 UNDO, WORD, FLOAT,
             )  # fmt: skip
+            found += more
 
 
 @triton.jit
 def _swap(  # type: ignore[no-untyped-def]
-    words, start, local, is_kept, are_words, value, old, rank, fields,
+    words, start, local, is_kept, are_words, values, old, found, rank, fields,
     UNDO: tl.constexpr, WORD: tl.constexpr, FLOAT: tl.constexpr,
 ):  # fmt: skip
-    at = words + start + local
+    at = (words + start) + local
     word = tl.load(at, mask=is_kept, other=0)
     if are_words:
+        value = (values + found) + rank
         tl.store(at, tl.load(value, mask=is_kept, other=0), mask=is_kept)
         tl.store(value, word, mask=is_kept)
     elif UNDO:
-        tl.store(at, tl.load(old, mask=is_kept, other=0), mask=is_kept)
+        tl.store(at, tl.load((old + found) + rank, mask=is_kept, other=0), mask=is_kept)
     else:
-        new = blocks.moved(fields, word, start, local, is_kept, rank, WORD, FLOAT)
+        new = blocks.moved(fields, word, start, local, is_kept, found, rank, WORD, FLOAT)
         tl.store(at, new, mask=is_kept)
-        tl.store(old, word, mask=is_kept)
+        tl.store((old + found) + rank, word, mask=is_kept)
 
 
 @triton.jit

@@ -32,43 +32,49 @@ def _rebuild_kernel(  # type: ignore[no-untyped-def]
     is_whole = start + _BLOCK <= numel  # without a mask, words move 16 bytes at a time
     lane = tl.arange(0, MASK_TILE)
     for tile in range(_BLOCK // MASK_TILE):
-        at = start + tile * MASK_TILE + lane
+        at = start + tile * MASK_TILE
+        is_inside = lane < numel - at
         if is_whole:
-            word = tl.load(base + at)
+            word = tl.load((base + at) + lane)
         else:
-            word = tl.load(base + at, mask=at < numel, other=0)
+            word = tl.load((base + at) + lane, mask=is_inside, other=0)
         if places == MASK_PLACES:
-            local, is_kept, rank = blocks.mask_tile(
+            local, is_kept, found, rank = blocks.mask_tile(
                 bits, counts, nnz, start, tile, numel, fault_ptr
             )
-            new = _new(fields, are_words, values, word, start, local, is_kept, rank, WORD, FLOAT)
+            new = _new(
+                fields, are_words, values, word, start, local, is_kept, found, rank, WORD, FLOAT
+            )
             word = tl.where(is_kept, new, word)
         if is_whole:
-            tl.store(out + at, word)
+            tl.store((out + at) + lane, word)
         else:
-            tl.store(out + at, word, mask=at < numel)
+            tl.store((out + at) + lane, word, mask=is_inside)
     if places == GAP_PLACES:
         tl.debug_barrier()  # other threads have written the words that change now
         gaps, first, end, found = blocks.gaps_of(fields, block, fault_ptr)
         passed = 0
         for entry in range(first, end, GAP_TILE):
-            local, is_kept, rank, passed, found = blocks.gap_tile(
+            local, is_kept, rank, passed, more = blocks.gap_tile(
                 gaps, nnz, entry, end, passed, found, start, numel, fault_ptr
             )
-            word = tl.load(base + start + local, mask=is_kept, other=0)
-            new = _new(fields, are_words, values, word, start, local, is_kept, rank, WORD, FLOAT)
-            tl.store(out + start + local, new, mask=is_kept)
+            word = tl.load((base + start) + local, mask=is_kept, other=0)
+            new = _new(
+                fields, are_words, values, word, start, local, is_kept, found, rank, WORD, FLOAT
+            )
+            tl.store((out + start) + local, new, mask=is_kept)
+            found += more
 
 
 @triton.jit
 def _new(  # type: ignore[no-untyped-def]
-    fields, are_words, values, word, start, local, is_kept, rank,
+    fields, are_words, values, word, start, local, is_kept, found, rank,
     WORD: tl.constexpr, FLOAT: tl.constexpr,
 ):  # fmt: skip
     if are_words:
-        new = tl.load(values + rank, mask=is_kept, other=0)
+        new = tl.load((values + found) + rank, mask=is_kept, other=0)
     else:
-        new = blocks.moved(fields, word, start, local, is_kept, rank, WORD, FLOAT)
+        new = blocks.moved(fields, word, start, local, is_kept, found, rank, WORD, FLOAT)
     return new
 
 
