@@ -109,6 +109,12 @@ def mask_of(fields):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def tiles_of(start, numel):  # type: ignore[no-untyped-def]
+    """How many tiles of 1,024 a block has: of small tensors not all that it could have."""
+    return (_bounded(numel - start) + MASK_TILE - 1) // MASK_TILE
+
+
+@triton.jit
 def mask_tile(  # type: ignore[no-untyped-def]
     bits_ptr, counts_ptr, nnz, start, tile, numel, fault_ptr
 ):

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from . import blocks, form, table
-from .blocks import GAP_PLACES, GAP_TILE, MASK_PLACES, MASK_TILE
+from .blocks import GAP_PLACES, GAP_TILE, MASK_PLACES
 
 _BLOCK = tl.constexpr(form.BLOCK)
 
@@ -30,7 +30,7 @@ def swap_block(  # type: ignore[no-untyped-def]
     start = block * _BLOCK
     if places == MASK_PLACES:
         bits, counts = blocks.mask_of(fields)
-        for tile in range(_BLOCK // MASK_TILE):
+        for tile in range(blocks.tiles_of(start, numel)):
             local, is_kept, found, rank = blocks.mask_tile(
                 bits, counts, nnz, start, tile, numel, fault_ptr
             )

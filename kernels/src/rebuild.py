@@ -31,7 +31,7 @@ def _rebuild_kernel(  # type: ignore[no-untyped-def]
     start = block * _BLOCK
     is_whole = start + _BLOCK <= numel  # without a mask, words move 16 bytes at a time
     lane = tl.arange(0, MASK_TILE)
-    for tile in range(_BLOCK // MASK_TILE):
+    for tile in range(blocks.tiles_of(start, numel)):
         at = start + tile * MASK_TILE
         is_inside = lane < numel - at
         if is_whole:
