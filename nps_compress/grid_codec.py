@@ -96,6 +96,11 @@ class GridParameters:
         with np.errstate(over="ignore"):
             return (self.step / POWERS.astype(np.float64)).astype(np.float32)
 
+    @property
+    def products(self) -> tuple[RankOne, npt.NDArray[np.float32]]:
+        """An element moves by its integer times the entry of its exponent."""
+        return self.importance, self._steps
+
     def contexts(self, start: int, stop: int) -> npt.NDArray[np.int8]:
         """Contexts of some elements, -1 where nothing is coded. -> [stop - start]."""
         out = np.empty(stop - start, np.int8)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nps_compress._threads import workers
-from nps_compress.codecs import ValueCodec, apply_payload
+from nps_compress.codecs import Positions, ValueCodec, apply_payload
 from nps_compress.dtypes import Words
 from nps_compress.errors import (
     BaseMismatchError,
@@ -25,13 +26,14 @@ from nps_compress.format.layout import Op
 from nps_compress.format.reader import Chunk, NpsReader, Parameters
 from nps_compress.format.records import TensorEntry, has_digest, printable
 from nps_compress.grid_codec import GridParameters
-from nps_compress.sign_codec import SignParameters, add_changes, level_changes
+from nps_compress.rank_one import RankOne
+from nps_compress.sign_codec import Float32, SignParameters, add_changes, level_changes
 from nps_compress.ulp_coding import apply_distances
 
 if TYPE_CHECKING:
     import torch
 
-    from nps_compress.kernels.form import SparseForm
+    from nps_compress.kernels.form import Factors, Form, Grid, Signs
 
 BASE_NAME_KEY, FINETUNED_NAME_KEY = "base_name", "finetuned_name"
 _PIECE = 1 << 20  # elements that are rebuilt, digested and written while they are in the cache
@@ -176,16 +178,23 @@ class Task:
             changes = level_changes(chunk.planes[0].view(np.int8), parameters)
             every = np.arange(chunk.numel, dtype=np.uint32)
             add_changes(every, changes, before, after, dtype)
-        elif chunk.streams:
+        else:
+            self._apply_words(entry, number, chunk, before, after)
+
+    def _apply_words(
+        self, entry: TensorEntry, number: int, chunk: Chunk, before: Words, after: Words
+    ) -> None:
+        """The same for a chunk that is not stored as numbers."""
+        if chunk.streams:
             self._apply_distances(entry, number, chunk, before, after)
         else:
-            codec = entry.value_codec
-            apply_payload(codec, chunk.planes, chunk.positions, before, after, dtype)
+            codec, planes = entry.value_codec, chunk.planes
+            apply_payload(codec, planes, chunk.positions, before, after, entry.dtype)
 
     def _apply_distances(
         self, entry: TensorEntry, number: int, chunk: Chunk, before: Words, after: Words
     ) -> None:
-        """Those of a chunk whose distances are coded."""
+        """The same for one whose distances are coded."""
         if after is not before:
             np.copyto(after, before)
         tokens, low = chunk.streams
@@ -217,6 +226,8 @@ class Task:
             BaseMismatchError: base has another dtype, shape or, with ``verify``, other values.
             FormatError: the file is damaged.
         """
+        import torch
+
         from nps_compress import torch_words
 
         entry = self.entry(name)
@@ -227,19 +238,18 @@ class Task:
             return torch_words.from_numpy(words, entry.dtype, entry.shape)
         if base is None:
             raise InvalidArgumentError("base", base, f"the base tensor for {name!r}")
-        found = (torch_words.dtype_of(base), tuple(base.shape))
-        if found != (entry.dtype, entry.shape):
-            raise self._wrong_base(
-                name,
-                f"is {found[0].name} {list(found[1])}, not {entry.dtype.name} {list(entry.shape)}",
-            )
-        if base.is_cuda and entry.op is Op.DELTA and entry.has_payload:
-            from nps_compress.kernels.rebuild import rebuild as rebuild_on_device
+        self._check_kind(name, base)
+        if base.is_cuda:
+            from nps_compress import resident
+            from nps_compress.kernels.table import Changes, Tensors
 
-            form = self.sparse_form(name, base.device)
-            result = rebuild_on_device(torch_words.words_of(base), form)
-            words = torch_words.to_numpy(result) if verify else np.empty(0, entry.dtype.word)
-            tensor = result.view(base.dtype).reshape(base.shape)
+            form = self.form(name, base)
+            tensor = torch.empty_like(base, memory_format=torch.contiguous_format)
+            changes = Changes(Tensors([base.contiguous()]), [form])
+            resident.rebuild(changes, Tensors([tensor]))
+            words = np.empty(0, entry.dtype.word)
+            if verify:
+                words = torch_words.to_numpy(torch_words.words_of(tensor))
         else:
             before = torch_words.to_numpy(torch_words.words_of(base))
             try:
@@ -252,6 +262,18 @@ class Task:
             self._check_base(name, torch_words.to_numpy(torch_words.words_of(base)))
             raise self.damaged(name)
         return tensor
+
+    def _check_kind(self, name: str, base: torch.Tensor) -> None:
+        """Raise BaseMismatchError where the base tensor has another dtype or shape."""
+        from nps_compress import torch_words
+
+        entry = self.entry(name)
+        found = (torch_words.dtype_of(base), tuple(base.shape))
+        if found != (entry.dtype, entry.shape):
+            raise self._wrong_base(
+                name,
+                f"is {found[0].name} {list(found[1])}, not {entry.dtype.name} {list(entry.shape)}",
+            )
 
     def _check_base(self, name: str, words: Words) -> None:
         """Raise BaseMismatchError where these are not the base tensor's values. words: [numel]."""
@@ -270,51 +292,131 @@ class Task:
         Raises:
             FormatError: a chunk is damaged.
         """
-        parts = [positions for positions, _ in self._kept(self.entry(name))]
-        return np.concatenate([np.empty(0, np.int64), *parts])
+        entry = self.entry(name)
+        return _whole_positions(entry, self._chunks(entry))
 
-    def _kept(
-        self, entry: TensorEntry
-    ) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]]:
-        """Positions within the tensor, [n] int64, and value planes of each chunk that has any."""
+    def _chunks(self, entry: TensorEntry) -> Iterator[tuple[int, Chunk]]:
+        """The chunks that hold anything, with their numbers."""
         for number in self.reader.chunks_to_read(entry):
-            chunk = self.reader.read_chunk(entry, number)
-            kept = chunk.positions
-            if kept is None:
-                kept = np.arange(chunk.numel, dtype=np.uint32)
-            yield kept.astype(np.int64) + (number << entry.chunk_log2), chunk.planes
+            yield number, self.reader.read_chunk(entry, number)
 
-    def sparse_form(self, name: str, device: torch.device | str = "cpu") -> SparseForm:
-        """The tensor's changes in the form the kernels read.
+    def form(self, name: str, base: torch.Tensor | None = None) -> Form:
+        """The tensor's changes as nps_compress.resident takes them, on the device of its base.
+
+        base: the base tensor. It may be None, and the form is then on the CPU, where no base is
+        needed: for signs, for grids whose integers fit a byte, for replaced and new words. Else
+        the words of the elements that change are read, and what changes them is decoded on the CPU.
 
         Raises:
-            FormatError: a chunk is damaged.
-            InvalidArgumentError: the tensor is not stored by replace, xor or ulp.
+            FormatError: a chunk is damaged. BaseMismatchError: the base is another one.
+            InvalidArgumentError: there is no base where one is needed.
         """
-        from nps_compress.kernels.form import sparse_form
+        import torch
+
+        from nps_compress.kernels import form as forms
 
         entry = self.entry(name)
-        if not entry.has_payload and entry.op is not Op.COPY:
-            codec = entry.value_codec.name.lower()
-            raise InvalidArgumentError("value codec", codec, "replace, xor or ulp")
-        signed = np.dtype(f"<i{entry.dtype.itemsize}")
-        positions: list[npt.NDArray[np.int64]] = [np.empty(0, np.int64)]
-        values: list[npt.NDArray[np.signedinteger]] = [np.empty(0, signed)]
-        for kept, planes in self._kept(entry):
-            positions.append(kept)
-            payload = np.ascontiguousarray(planes.T).view(entry.dtype.word).reshape(-1)
-            if entry.value_codec is ValueCodec.ULP:
-                zigzag = payload + payload.dtype.type(1)
-                one = payload.dtype.type(1)
-                payload = (zigzag >> one) ^ (payload.dtype.type(0) - (zigzag & one))
-            values.append(payload.view(signed))
-        return sparse_form(
-            entry.numel,
-            np.concatenate(positions),
-            np.concatenate(values),
-            int(entry.value_codec),
-            device,
-        )
+        if base is not None:
+            self._check_kind(name, base)
+        chunks = list(self._chunks(entry))
+        positions = _whole_positions(entry, chunks)
+        parameters = self.reader.parameters(entry)
+        values = _numbers(parameters, [chunk for _, chunk in chunks])
+        if values is None:
+            words = self._new_words(entry, chunks, parameters, positions, base)
+            signed = np.dtype(f"<i{entry.dtype.itemsize}")
+            values = forms.Words(torch.from_numpy(words.view(signed)))
+        form = forms.form_of(entry.numel, positions, values)
+        return form if base is None else form.to(base.device)
+
+    def _new_words(
+        self,
+        entry: TensorEntry,
+        chunks: Sequence[tuple[int, Chunk]],
+        parameters: Parameters | None,
+        positions: npt.NDArray[np.int64],
+        base: torch.Tensor | None,
+    ) -> Words:
+        """The words of the fine-tune at the kept positions. [nnz]."""
+        import torch
+
+        from nps_compress import torch_words
+
+        words = np.zeros(positions.size, entry.dtype.word)
+        if entry.op is Op.DELTA and entry.value_codec is not ValueCodec.REPLACE:
+            if base is None:
+                raise InvalidArgumentError("base", base, f"the base tensor for {entry.name!r}")
+            at = torch.from_numpy(positions).to(base.device)
+            words = torch_words.to_numpy(torch_words.words_of(base)[at])
+        start = 0
+        try:
+            for number, chunk in chunks:
+                changes = _changes(chunk, parameters, number << entry.chunk_log2)
+                count = chunk.numel if chunk.positions is None else chunk.positions.size
+                part = words[start : start + count]
+                every = np.arange(count, dtype=np.uint32)
+                if changes is not None:
+                    add_changes(every, changes, part, part, entry.dtype)
+                else:
+                    alone = replace(chunk, numel=count, positions=every)
+                    self._apply_words(entry, number, alone, part, part)
+                start += count
+        except FormatError:  # distances don't decode with another base
+            if base is not None:
+                self._check_base(entry.name, torch_words.to_numpy(torch_words.words_of(base)))
+            raise
+        return words
+
+
+def _whole_positions(
+    entry: TensorEntry, chunks: Iterable[tuple[int, Chunk]]
+) -> npt.NDArray[np.int64]:
+    """Positions in the tensor of what its chunks keep. [nnz]."""
+    parts = [_positions(chunk) + np.int64(number << entry.chunk_log2) for number, chunk in chunks]
+    return np.concatenate([np.empty(0, np.int64), *parts])
+
+
+def _positions(chunk: Chunk) -> Positions:
+    """What a chunk keeps. [nnz]."""
+    if chunk.positions is None:
+        return np.arange(chunk.numel, dtype=np.uint32)
+    return chunk.positions
+
+
+def _changes(chunk: Chunk, parameters: Parameters | None, start: int) -> Float32 | None:
+    """How far what a chunk keeps moves, where that is a number. [nnz]."""
+    if parameters is None:
+        return None
+    if isinstance(parameters, int):
+        return level_changes(chunk.planes[0].view(np.int8), parameters)
+    assert chunk.positions is not None
+    if isinstance(parameters, SignParameters):
+        return parameters.changes(start, chunk.positions, chunk.planes[0])
+    return parameters.changes(start, chunk.positions, chunk.planes[0].view(np.int16))
+
+
+def _numbers(parameters: Parameters | None, chunks: Sequence[Chunk]) -> Signs | Grid | None:
+    """What kept elements move by, as a form holds it; None where that takes new words."""
+    import torch
+
+    from nps_compress.kernels import form as forms
+
+    def factors(of: RankOne, table: Float32) -> Factors:
+        return forms.Factors.of(of.rows, of.columns, table)
+
+    if parameters is None or isinstance(parameters, int):
+        return None
+    if parameters.sizes.columns.size > forms.MAX_COLUMNS:
+        return None
+    planes = [chunk.planes[0] for chunk in chunks]
+    if isinstance(parameters, SignParameters):
+        minus = np.packbits(np.concatenate([np.empty(0, np.uint8), *planes]), bitorder="little")
+        sizes, scores = parameters.products
+        return forms.Signs(torch.from_numpy(minus), factors(*sizes), factors(*scores))
+    levels = np.concatenate([np.empty(0, np.int16), *(each.view(np.int16) for each in planes)])
+    if np.abs(levels).max(initial=0) > 127:
+        return None
+    return forms.Grid(torch.from_numpy(levels.astype(np.int8)), factors(*parameters.products))
 
 
 def rebuild(

@@ -141,17 +141,26 @@ class SignParameters:
         found = _drawn(score.rows, score.columns, levels, seed, start, stop, positions)
         return positions[:found].copy()
 
+    @property
+    def products(self) -> tuple[tuple[RankOne, Float32], tuple[RankOne, Float32]]:
+        """A drawn element moves by one number times another, each the entry of its exponent."""
+        with np.errstate(over="ignore"):
+            sizes = POWERS * np.float32(self.gain)
+        return (self.sizes, sizes), (self._score, self._tables[1])
+
+    def changes(self, start: int, positions: Positions, minus: Bits) -> Float32:
+        """How far drawn elements move. positions: [nnz] from ``start``; minus: [nnz] 0 or 1."""
+        (own, sizes), (score, factors) = self.products
+        out = np.empty(positions.size, np.float32)
+        exponents = (score.rows, score.columns, own.rows, own.columns)
+        _changes(*exponents, sizes, factors, start, positions, minus, out)
+        return out
+
     def apply(
         self, start: int, positions: Positions, minus: Bits, base: Words, out: Words, dtype: DType
     ) -> None:
         """Write the words of drawn elements. minus: [nnz] 0 or 1; base, out: [n], may be one."""
-        with np.errstate(over="ignore"):
-            sizes = POWERS * np.float32(self.gain)
-        changes = np.empty(positions.size, np.float32)
-        score = (self._score.rows, self._score.columns)
-        own = (self.sizes.rows, self.sizes.columns)
-        _changes(*score, *own, sizes, self._tables[1], start, positions, minus, changes)
-        add_changes(positions, changes, base, out, dtype)
+        add_changes(positions, self.changes(start, positions, minus), base, out, dtype)
 
 
 def exponent_bytes(sizes: RankOne, importance: RankOne) -> bytes:

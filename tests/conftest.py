@@ -48,7 +48,26 @@ def write_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], **files: st
 
 def bits(tensor: torch.Tensor) -> bytes:
     """The bytes of a tensor, to compare bit for bit."""
+    if not tensor.numel():  # its stride may be 0, which torch does not view
+        return b""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def changed_in_place(task, name: str, base: torch.Tensor) -> bytes:
+    """A tensor's bytes with a task's changes exchanged into it; and undone, which is checked."""
+    from nps_compress import resident
+    from nps_compress.kernels.table import Changes, Tensors
+
+    words = base.detach().clone()
+    tensors = Tensors([words])
+    changes = Changes(tensors, [task.form(name, base)])
+    old = torch.zeros(changes.old_words, dtype=tensors.word)
+    resident.exchange(changes, old)
+    found = bits(words)
+    resident.exchange(changes, old, undo=True)
+    assert bits(words) == bits(base)
+    assert not changes.fault.item()
+    return found
 
 
 @pytest.fixture

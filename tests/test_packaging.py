@@ -67,6 +67,7 @@ ORDER = [
     "callables",
     "fitness",
     "importance",
+    "resident",
     "reconstruct",
     "retain",
     "live",
@@ -105,7 +106,7 @@ ONLY_IN = {
     "safetensors": {"checkpoint"},
     "torch": {
         *("kernels", "torch_words", "batches", "adapters", "models", "divergence", "fitness"),
-        *("importance", "reconstruct", "live", "evaluator"),
+        *("importance", "resident", "reconstruct", "live", "evaluator"),
     },
 }
 

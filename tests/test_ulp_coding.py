@@ -8,13 +8,13 @@ import struct
 import numpy as np
 import pytest
 import torch
-from conftest import bits, write_checkpoint
+from conftest import bits, changed_in_place, write_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import minimal_reader
 import nps_compress
-from nps_compress import BaseMismatchError, FormatError, InvalidArgumentError
+from nps_compress import BaseMismatchError, FormatError, InvalidArgumentError, torch_words
 from nps_compress.codecs import (
     EncodedChunk,
     ValueCodec,
@@ -376,8 +376,10 @@ def assert_rebuilt(tmp_path, before, after, dtype, log2=10):
         (entry,) = task.reader.tensors
         task.reader.verify(entry)
         if before.size:
-            with pytest.raises(InvalidArgumentError, match="coded_ulp"):
-                task.sparse_form("w")
+            with pytest.raises(InvalidArgumentError, match="base"):
+                task.form("w")
+        base = torch_words.from_numpy(before.copy(), dtype, (before.size,))
+        assert changed_in_place(task, "w", base) == after.tobytes()
     minimal = minimal_reader.Nps(data)
     minimal.verify()
     source = {"w": (dtype.name, (before.size,), before.tobytes())}

@@ -1,87 +1,100 @@
-"""rebuild: base words + sparse form -> words of the fine-tune, integers only.
+"""rebuild: base words + form -> words of the fine-tune, beside the base.
 
-Byte floor per element of w bytes at density d: read w + 1/8 + w d, write w.
+Byte floor per element of w bytes: read w and the form (kernels/README.md), write w.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
-from .form import BLOCK, SparseForm
+from . import blocks, form, table
+from .blocks import GAP_PLACES, GAP_TILE, MASK_PLACES, MASK_TILE
+
+_BLOCK = tl.constexpr(form.BLOCK)
 
 
 @triton.jit
 def _rebuild_kernel(  # type: ignore[no-untyped-def]
-    base_ptr,
-    mask_ptr,
-    prefix_ptr,
-    values_ptr,
-    out_ptr,
-    numel,
-    KIND: tl.constexpr,
-    WIDE: tl.constexpr,
-    LOW_BITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    block = tl.program_id(0).to(tl.int64)
-    lane = tl.arange(0, BLOCK)
-    offsets = block * BLOCK + lane
-    inside = offsets < numel
-    word = tl.load(base_ptr + offsets, mask=inside, other=0)
-    bits = tl.load(mask_ptr + block * (BLOCK // 32) + lane // 32, mask=inside, other=0)
-    kept = (bits >> (lane % 32)) & 1
-    rank = tl.cumsum(kept, 0) - kept
-    first = tl.load(prefix_ptr + block).to(tl.int64)
-    is_kept = inside & (kept != 0)
-    value = tl.load(values_ptr + first + rank, mask=is_kept, other=0)
-    if KIND == 1:
-        new = value
-    elif KIND == 2:
-        new = word ^ value
+    table_ptr, out_table_ptr, rows_ptr, fault_ptr, tensors,
+    WORD: tl.constexpr, FLOAT: tl.constexpr, ALIGNED: tl.constexpr, SEARCH: tl.constexpr,
+):  # fmt: skip
+    tensor, block = blocks.find(table_ptr, tensors, SEARCH)
+    base = blocks.words_of(table_ptr, tensors, tensor, WORD, ALIGNED)
+    out = blocks.words_of(out_table_ptr, tensors, tensor, WORD, ALIGNED)
+    numel = blocks.numel_of(table_ptr, tensors, tensor)
+    fields = blocks.fields_of(rows_ptr, tensor)
+    places, nnz = blocks.places_of(fields)
+    are_words = blocks.are_words(fields, FLOAT)
+    values = blocks.value_words(fields, WORD)
+    bits, counts = blocks.mask_of(fields)
+    start = block * _BLOCK
+    is_whole = start + _BLOCK <= numel  # without a mask, words move 16 bytes at a time
+    lane = tl.arange(0, MASK_TILE)
+    for tile in range(blocks.tiles_of(start, numel)):
+        at = start + tile * MASK_TILE
+        is_inside = lane < numel - at
+        if is_whole:
+            word = tl.load((base + at) + lane)
+        else:
+            word = tl.load((base + at) + lane, mask=is_inside, other=0)
+        if places == MASK_PLACES:
+            local, is_kept, found, rank = blocks.mask_tile(
+                bits, counts, nnz, start, tile, numel, fault_ptr
+            )
+            new = _new(
+                fields, are_words, values, word, start, local, is_kept, found, rank, WORD, FLOAT
+            )
+            word = tl.where(is_kept, new, word)
+        if is_whole:
+            tl.store((out + at) + lane, word)
+        else:
+            tl.store((out + at) + lane, word, mask=is_inside)
+    if places == GAP_PLACES:
+        tl.debug_barrier()  # other threads have written the words that change now
+        gaps, first, end, found = blocks.gaps_of(fields, block, fault_ptr)
+        passed = 0
+        for entry in range(first, end, GAP_TILE):
+            local, is_kept, rank, passed, more = blocks.gap_tile(
+                gaps, nnz, entry, end, passed, found, start, numel, fault_ptr
+            )
+            word = tl.load((base + start) + local, mask=is_kept, other=0)
+            new = _new(
+                fields, are_words, values, word, start, local, is_kept, found, rank, WORD, FLOAT
+            )
+            tl.store((out + start) + local, new, mask=is_kept)
+            found += more
+
+
+@triton.jit
+def _new(  # type: ignore[no-untyped-def]
+    fields, are_words, values, word, start, local, is_kept, found, rank,
+    WORD: tl.constexpr, FLOAT: tl.constexpr,
+):  # fmt: skip
+    if are_words:
+        new = tl.load((values + found) + rank, mask=is_kept, other=0)
     else:
-        narrow = word.dtype
-        wide = tl.int64 if WIDE else tl.int32
-        old = word.to(wide)
-        old = tl.where(old < 0, old ^ LOW_BITS, old)
-        moved = (old + value.to(wide)).to(narrow).to(wide)  # wraps at the word's width
-        new = tl.where(moved < 0, moved ^ LOW_BITS, moved).to(narrow)
-    tl.store(out_ptr + offsets, tl.where(is_kept, new, word), mask=inside)
+        new = blocks.moved(fields, word, start, local, is_kept, found, rank, WORD, FLOAT)
+    return new
 
 
-def rebuild(base: torch.Tensor, form: SparseForm, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Base words with the form's changes applied, on the device of all three.
+def rebuild(changes: table.Changes, out: table.Tensors) -> None:
+    """Write tensors with a task's changes, which must not be active, into others of their sizes.
 
-    base, out: [numel] int8, int16, int32 or int64, contiguous; ``out`` may be ``base``.
+    ``out`` may be the tensors themselves.
 
     Raises:
-        ValueError: sizes, dtypes or devices differ.
+        ValueError: ``out`` differs in dtype, device or sizes.
     """
-    if out is None:
-        out = torch.empty_like(base)
-    for name, tensor in (("base", base), ("out", out)):
-        if tensor.shape != (form.numel,) or not tensor.is_contiguous():
-            raise ValueError(
-                f"{name} must be contiguous of shape ({form.numel},), got {tensor.shape}"
-            )
-        if tensor.dtype != form.values.dtype or tensor.device != form.values.device:
-            raise ValueError(
-                f"{name} is {tensor.dtype} on {tensor.device}, "
-                f"the form {form.values.dtype} on {form.values.device}"
-            )
-    if form.numel:
-        grid = (triton.cdiv(form.numel, BLOCK),)
-        _rebuild_kernel[grid](
-            base,
-            form.mask,
-            form.prefix,
-            form.values,
-            out,
-            form.numel,
-            KIND=form.kind,
-            WIDE=base.element_size() == 8,
-            LOW_BITS=torch.iinfo(base.dtype).max,
-            BLOCK=BLOCK,
+    tensors = changes.tensors
+    table.check_out(changes, out)
+    if tensors.programs:
+        options = blocks.launch_options(tensors)
+        _rebuild_kernel[(tensors.programs,)](
+            tensors.table,
+            out.table,
+            changes.rows,
+            changes.fault,
+            len(tensors.words),
+            **{**options, "ALIGNED": tensors.aligned and out.aligned},
         )
-    return out

@@ -1,28 +1,95 @@
-"""What the kernels compute, in plain torch: slow, short, and the truth they are tested against."""
+"""What the kernels compute, in plain torch: slow, short, and the truth they are tested against.
+
+Forms are believed here: what a kernel does with one that lies is tested by itself.
+"""
 
 from __future__ import annotations
 
 import torch
 
-from .form import REPLACE, XOR, SparseForm
+from .form import BLOCK, ESCAPE, Factors, Form, Mask, Signs, Words
+from .table import Changes, Tensors
 
 
-def rebuild(base: torch.Tensor, form: SparseForm) -> torch.Tensor:
-    """Base words with the form's changes applied. base: [numel] intN -> [numel] intN."""
-    shifts = torch.arange(32, dtype=torch.int32, device=base.device)
-    kept = (((form.mask[:, None] >> shifts) & 1) != 0).flatten()[: form.numel]
-    old = base[kept]
-    if form.kind == REPLACE:
-        new = form.values
-    elif form.kind == XOR:
-        new = old ^ form.values
+def positions(form: Form) -> torch.Tensor:
+    """Which elements change, ascending. -> [nnz] int64."""
+    places = form.places
+    if isinstance(places, Mask):
+        shifts = torch.arange(32, dtype=torch.int32, device=places.bits.device)
+        kept = ((places.bits[:, None] >> shifts) & 1) != 0
+        return kept.flatten()[: form.numel].nonzero().flatten()
+    gaps = places.gaps.long()
+    is_kept = gaps != ESCAPE
+    passed = torch.cumsum(gaps + is_kept, 0)
+    firsts = places.anchors[:, 0].long() & 0xFFFFFFFF
+    entries = torch.arange(gaps.numel(), device=gaps.device)
+    block = torch.searchsorted(firsts, entries, right=True) - 1
+    before = torch.cat([passed.new_zeros(1), passed])[firsts[block]]
+    return (block * BLOCK + passed - before - 1)[is_kept]
+
+
+def new_words(form: Form, words: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What the base's words at the form's positions become. words: [nnz] intN -> [nnz] intN."""
+    if isinstance(form.values, Words):
+        return form.values.words
+    at = positions(form)
+    if isinstance(form.values, Signs):
+        values = form.values
+        bits = torch.arange(form.nnz, device=at.device)
+        is_minus = ((values.minus[bits // 8] >> (bits % 8)) & 1) != 0
+        size = _look_up(values.sizes, at) * _look_up(values.factors, at)
+        change = torch.where(is_minus, -size, size)
     else:
-        new = ordered(ordered(old) + form.values)
-    out = base.clone()
-    out[kept] = new
-    return out
+        change = form.values.levels.float() * _look_up(form.values.steps, at)
+    before = words.view(dtype)
+    after = (before.float() + change).to(dtype)
+    moves = before.isfinite() & after.isfinite() & (before != after)
+    return torch.where(moves, after, before).view(words.dtype)
 
 
-def ordered(words: torch.Tensor) -> torch.Tensor:
-    """Float words as integers in the order of the floats; its own inverse. [n] intN -> [n] intN."""
-    return torch.where(words < 0, words ^ torch.iinfo(words.dtype).max, words)
+def _look_up(factors: Factors, at: torch.Tensor) -> torch.Tensor:
+    columns = factors.columns.numel()
+    exponents = factors.rows[at // columns].long() + factors.columns[at % columns].long()
+    return factors.table[exponents - factors.lowest]
+
+
+def rebuild(changes: Changes, out: Tensors) -> None:
+    """As the kernel of this name."""
+    for form, words, target in zip(changes.forms, changes.tensors.words, out.words, strict=True):
+        target.copy_(words)
+        if form:
+            at = positions(form)
+            target[at] = new_words(form, words[at], changes.tensors.dtype)
+
+
+def exchange(changes: Changes, old: torch.Tensor | None = None, *, undo: bool = False) -> None:
+    """As the kernel of this name."""
+    for form, words, first in zip(
+        changes.forms, changes.tensors.words, changes.first_old, strict=True
+    ):
+        if not form:
+            continue
+        at = positions(form)
+        before = words[at]
+        if isinstance(form.values, Words):
+            words[at] = form.values.words
+            form.values.words.copy_(before)
+            continue
+        assert old is not None
+        left = old[first : first + form.nnz]
+        if undo:
+            words[at] = left
+        else:
+            words[at] = new_words(form, before, changes.tensors.dtype)
+            left.copy_(before)
+
+
+def switch(
+    left: Changes,
+    right: Changes,
+    left_old: torch.Tensor | None = None,
+    right_old: torch.Tensor | None = None,
+) -> None:
+    """As the kernel of this name."""
+    exchange(left, left_old, undo=True)
+    exchange(right, right_old)

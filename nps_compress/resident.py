@@ -1,0 +1,263 @@
+"""Change tensors that stay in memory: rebuild, exchange and switch, on whatever device they are.
+
+On CUDA the Triton kernels of nps_compress.kernels, on the CPU numba, with the same bits. What is
+changed, ``Tensors`` and the ``Changes`` of a task, are in nps_compress.kernels.table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nps_compress._jit import jit
+from nps_compress._threads import workers
+from nps_compress.codecs import Positions
+from nps_compress.dtypes import BY_NAME, Words
+from nps_compress.kernels import form as forms
+from nps_compress.kernels import table
+from nps_compress.sign_codec import Float32, add_changes
+from nps_compress.torch_words import to_numpy
+
+if TYPE_CHECKING:
+    import torch
+
+    from nps_compress.kernels.form import Factors, Form
+    from nps_compress.kernels.table import Changes, Tensors
+
+_BLOCKS = 64  # of a tensor that are changed at once: 2^20 elements
+_ESCAPE, _BLOCK, _MASK_TILE = forms.ESCAPE, forms.BLOCK, forms.MASK_TILE
+_DTYPES = {table.BF16: BY_NAME["BF16"], table.F16: BY_NAME["F16"], table.F32: BY_NAME["F32"]}
+_FAULT = -1
+
+
+def rebuild(changes: Changes, out: Tensors) -> None:
+    """Write tensors with a task's changes, which must not be active, into others of their sizes.
+
+    Raises:
+        ValueError: ``out`` differs in dtype, device or sizes.
+    """
+    if changes.tensors.device.type == "cuda":
+        from nps_compress.kernels.rebuild import rebuild as on_device
+
+        on_device(changes, out)
+        return
+    table.check_out(changes, out)
+
+    def run(number: int, span: slice) -> None:
+        before = to_numpy(changes.tensors.words[number][span])
+        after = to_numpy(out.words[number][span])
+        np.copyto(after, before)
+        found = _kept(changes, number, span)
+        if found is None:
+            return
+        form, positions, ranks = found
+        if isinstance(form.values, forms.Words):
+            after[positions] = to_numpy(form.values.words[ranks])
+        else:
+            _move(form, changes.tensors, span.start, positions, ranks, after)
+
+    _for_each_span(changes.tensors, run)
+
+
+def exchange(changes: Changes, old: torch.Tensor | None = None, *, undo: bool = False) -> None:
+    """Put a task's words into its tensors; with ``undo`` put the old ones back, bit for bit.
+
+    old: [changes.old_words] of the tensors' word, on their device: filled, and what undoing reads.
+    None where all values are words, which swap places with the old ones.
+
+    Raises:
+        ValueError: ``old`` does not fit.
+    """
+    if changes.tensors.device.type == "cuda":
+        from nps_compress.kernels.exchange import exchange as on_device
+
+        on_device(changes, old, undo=undo)
+        return
+    left = to_numpy(changes.check_old(old))
+    _for_each_span(
+        changes.tensors, lambda number, span: _exchange(changes, number, span, left, undo)
+    )
+
+
+def switch(
+    left: Changes,
+    right: Changes,
+    left_old: torch.Tensor | None = None,
+    right_old: torch.Tensor | None = None,
+) -> None:
+    """Take an active task out of its tensors and put another one in.
+
+    left_old, right_old: as for :func:`exchange`, two buffers.
+
+    Raises:
+        ValueError: the tasks are of other tensors, a buffer does not fit or both are one.
+    """
+    if left.tensors.device.type == "cuda":
+        from nps_compress.kernels.switch import switch as on_device
+
+        on_device(left, right, left_old, right_old)
+        return
+    table.check_switch(left, right, left_old, right_old)
+    outgoing, incoming = to_numpy(left.check_old(left_old)), to_numpy(right.check_old(right_old))
+
+    def run(number: int, span: slice) -> None:
+        _exchange(left, number, span, outgoing, True)
+        _exchange(right, number, span, incoming, False)
+
+    _for_each_span(left.tensors, run)
+
+
+def _for_each_span(tensors: Tensors, run: Callable[[int, slice], None]) -> None:
+    size = _BLOCKS * _BLOCK
+
+    def spans() -> Iterator[tuple[int, slice]]:
+        for number, words in enumerate(tensors.words):
+            for start in range(0, words.numel(), size):
+                yield number, slice(start, min(start + size, words.numel()))
+
+    with ThreadPoolExecutor(workers()) as pool:
+        for _ in pool.map(lambda item: run(*item), spans()):
+            pass
+
+
+def _exchange(changes: Changes, number: int, span: slice, old: Words, undo: bool) -> None:
+    found = _kept(changes, number, span)
+    if found is None:
+        return
+    form, positions, ranks = found
+    words = to_numpy(changes.tensors.words[number][span])
+    if isinstance(form.values, forms.Words):
+        values = to_numpy(form.values.words[ranks])
+        before = words[positions]
+        words[positions] = values
+        values[:] = before
+        return
+    first = changes.first_old[number]
+    left = old[first + ranks.start : first + ranks.stop]
+    if undo:
+        words[positions] = left
+    else:
+        left[:] = words[positions]
+        _move(form, changes.tensors, span.start, positions, ranks, words)
+
+
+def _kept(changes: Changes, number: int, span: slice) -> tuple[Form, Positions, slice] | None:
+    """What changes of a span: positions from its start on, and their numbers among all kept.
+
+    None where nothing does, or where the form is wrong: then its fault is set.
+    """
+    form = changes.forms[number]
+    if form is None:
+        return None
+    first = span.start // _BLOCK
+    positions = np.empty(min(span.stop - span.start, form.nnz), np.uint32)
+    if isinstance(form.places, forms.Mask):
+        tiles = slice(span.start // _MASK_TILE, -(-span.stop // _MASK_TILE))
+        counts = to_numpy(form.places.counts)[tiles]
+        rank = int(counts[0])
+        bits = to_numpy(form.places.bits)[span.start // 32 : -(-span.stop // 32)]
+        found = _expand_mask(bits, counts - rank, span.stop - span.start, positions)
+    else:
+        anchors = to_numpy(form.places.anchors)
+        blocks = -(-span.stop // _BLOCK) - first
+        part = anchors[first : first + blocks + 1].astype(np.int64)
+        rank = int(part[0, 1])
+        part[:, 1] -= rank
+        found = _expand_gaps(to_numpy(form.places.gaps), part, span.stop - span.start, positions)
+    if found == _FAULT or rank + found > form.nnz:
+        changes.fault[0] = 1
+        return None
+    return (form, positions[:found], slice(rank, rank + found)) if found else None
+
+
+def _move(
+    form: Form, tensors: Tensors, start: int, positions: Positions, ranks: slice, words: Words
+) -> None:
+    """Add changes that are numbers. words: [n] from element ``start`` on."""
+    numbers = np.empty(positions.size, np.float32)
+    values = form.values
+    if isinstance(values, forms.Signs):
+        _look_up(*_arrays(values.sizes), start, positions, numbers)
+        minus = to_numpy(values.minus)
+        factors = np.empty(positions.size, np.float32)
+        _look_up(*_arrays(values.factors), start, positions, factors)
+        _products(numbers, factors, minus, ranks.start)
+    else:
+        assert isinstance(values, forms.Grid)
+        _look_up(*_arrays(values.steps), start, positions, numbers)
+        with np.errstate(over="ignore", invalid="ignore"):
+            numbers *= values.levels[ranks].numpy()
+    add_changes(positions, numbers, words, words, _DTYPES[tensors.float_kind])
+
+
+def _arrays(factors: Factors) -> tuple[npt.NDArray[Any], npt.NDArray[Any], Float32, int]:
+    rows, columns, numbers = factors.rows, factors.columns, factors.table
+    return rows.numpy(), columns.numpy(), numbers.numpy(), factors.lowest
+
+
+@jit
+def _expand_mask(bits, counts, numel, positions):  # type: ignore[no-untyped-def]
+    found = 0
+    for i in range(bits.size):
+        if i % (_MASK_TILE // 32) == 0 and found != counts[i // (_MASK_TILE // 32)]:
+            return _FAULT
+        word = bits[i]
+        at = 32 * i
+        while word:
+            if word & np.uint32(1):
+                if at >= numel:
+                    break
+                if found == positions.size:
+                    return _FAULT
+                positions[found] = at
+                found += 1
+            word >>= np.uint32(1)
+            at += 1
+    return found
+
+
+@jit
+def _expand_gaps(gaps, anchors, numel, positions):  # type: ignore[no-untyped-def]
+    found = 0
+    for block in range(len(anchors) - 1):
+        first, end = anchors[block, 0], anchors[block + 1, 0]
+        if first > end or end > gaps.size or found != anchors[block, 1]:
+            return _FAULT
+        position = block * _BLOCK
+        stop = min(position + _BLOCK, numel)
+        for i in range(first, end):
+            position += gaps[i]
+            if gaps[i] == _ESCAPE:
+                continue
+            if position >= stop or found == positions.size:
+                return _FAULT
+            positions[found] = position
+            found += 1
+            position += 1
+    return found
+
+
+@jit
+def _look_up(rows, columns, numbers, lowest, start, positions, out):  # type: ignore[no-untyped-def]
+    row = start // columns.size
+    row_end = (row + 1) * columns.size - start
+    last = numbers.size - 1
+    for i in range(positions.size):
+        while positions[i] >= row_end:
+            row += 1
+            row_end += columns.size
+        column = np.int64(positions[i]) - row_end + columns.size
+        at = np.int64(rows[row]) + np.int64(columns[column]) - lowest
+        out[i] = numbers[min(max(at, 0), last)]
+
+
+@jit
+def _products(numbers, factors, minus, first):  # type: ignore[no-untyped-def]
+    for i in range(numbers.size):
+        rank = first + i
+        size = np.float32(numbers[i] * factors[i])
+        numbers[i] = -size if (minus[rank >> 3] >> (rank & 7)) & 1 else size
