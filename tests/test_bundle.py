@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 import minimal_reader
 import nps_compress
 from nps_compress import bundle, codecs
+from nps_compress.dtypes import BY_NAME
 from nps_compress.errors import (
     BaseMismatchError,
     FormatError,
@@ -33,6 +34,7 @@ from nps_compress.errors import (
 )
 from nps_compress.format import layout
 from nps_compress.format.reader import NpsReader
+from nps_compress.format.records import BaseTensor
 from nps_compress.format.writer import NpsWriter, index_and_footer
 
 VALID = ROOT / "format_spec" / "vectors" / "valid"
@@ -228,6 +230,19 @@ class TestBase:
         (tmp_path / "law" / "base.nps").unlink()
         bundle.add(tmp_path / "law", [tmp_path / "tax" / "tax.nps"])  # a member itself
         assert len(bundle.inspect(tmp_path / "law").tasks) == 3
+
+    def test_of_very_many_alike_tensors_is_readable(self, tmp_path):
+        """Its index shrinks too far to be stored as a frame, and whole digests are not known."""
+        base = [BaseTensor(f"{n:05}", BY_NAME["U8"], (1,), bytes(32)) for n in range(20_000)]
+        with (tmp_path / "task.nps").open("wb") as stream:
+            NpsWriter(stream).finish(base, {})
+        bundle.add(tmp_path / "b", [tmp_path / "task.nps"])
+        with (
+            NpsReader(tmp_path / "task.nps") as task,
+            NpsReader(tmp_path / "b" / "base.nps") as one,
+        ):
+            assert one.base_root == task.base_root
+            assert len(one.base) == len(base)
 
     def test_is_a_file_like_any_other(self, tasks, tmp_path):
         base, files = tasks

@@ -123,17 +123,20 @@ class NpsWriter:
         """
         _check_order(base)
         digests = layout.DIGEST_BYTES * (len(base) + len(self._tensors))
-        short = root is not None or digests > _DIGESTS_SHARE * self._offset
+        knows_all = root is None
+        short = not knows_all or digests > _DIGESTS_SHARE * self._offset
         root = root or base_root(base)
         raw = self._index(base, metadata, short, root)
         if len(raw) > layout.MAX_INDEX_BYTES:
             raise InvalidArgumentError("index", f"{len(raw):,} bytes", "at most 1 GiB")
-        if short and _stored_index(raw)[0] is IndexCompression.RAW:
+        stored = _stored_index(raw)
+        if short and knows_all and stored[0] is IndexCompression.RAW:
             # It may have shrunk too far: whole digests shrink less.
             whole = self._index(base, metadata, False, root)
-            if _stored_index(whole)[0] is not IndexCompression.RAW:
-                raw = whole
-        end = index_and_footer(raw, self._offset)
+            stored_whole = _stored_index(whole)
+            if stored_whole[0] is not IndexCompression.RAW:
+                raw, stored = whole, stored_whole
+        end = _with_footer(raw, stored, self._offset)
         self._stream.write(end)
         return self._offset + len(end)
 
@@ -182,7 +185,17 @@ def index_and_footer(
     raw: the index. dictionary: the raw index that a reader will have; none where empty. It is left
     out where it does not help, so that nobody needs it.
     """
-    how, stored = _stored_index(raw, dictionary)
+    return _with_footer(raw, _stored_index(raw, dictionary), index_offset, dictionary, minor)
+
+
+def _with_footer(
+    raw: bytes,
+    stored_index: tuple[IndexCompression, bytes],
+    index_offset: int,
+    dictionary: bytes = b"",
+    minor: int = layout.MINOR,
+) -> bytes:
+    how, stored = stored_index
     footer = np.zeros((), layout.FOOTER)
     footer["index_offset"] = index_offset
     footer["index_stored_bytes"] = len(stored)
