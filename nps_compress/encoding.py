@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -80,20 +80,12 @@ class Encoded:
     distortion: Distortion = Distortion()  # noqa: RUF009
 
 
-def encode_tensor(
-    pair_: Pair,
-    name: str,
-    pruner: Pruner | None,
-    selection: Selection | None,
-    base_index: Mapping[str, int],
-    effort: Effort,
-    buffers: Buffers,
-) -> Encoded:
-    """A tensor of the fine-tune as it is stored.
+Read = Callable[[Checkpoint, str], Words]
 
-    pruner: None where every changed bit is kept; base_index: numbers of the base's tensors;
-    buffers: to read into.
-    """
+
+@contextlib.contextmanager
+def reading(buffers: Buffers) -> Iterator[Read]:
+    """Reads tensors, by checkpoint and name, into memory that is used again when the block ends."""
     with contextlib.ExitStack() as held:
 
         def read(checkpoint: Checkpoint, name: str) -> Words:
@@ -102,18 +94,23 @@ def encode_tensor(
             checkpoint.read_into(name, words)
             return words
 
-        return _encode_tensor(pair_, name, pruner, selection, base_index, effort, read)
+        yield read
 
 
-def _encode_tensor(
+def encode_tensor(
     pair_: Pair,
     name: str,
     pruner: Pruner | None,
     selection: Selection | None,
     base_index: Mapping[str, int],
     effort: Effort,
-    read: Callable[[Checkpoint, str], Words],
+    read: Read,
 ) -> Encoded:
+    """A tensor of the fine-tune as it is stored.
+
+    pruner: None where every changed bit is kept; base_index: numbers of the base's tensors; read:
+    see :func:`reading`.
+    """
     stored = pair_.finetuned.tensors[name]
     base_name = pair_.base_of.get(name)
     base_dtype = pair_.base.tensors[base_name].dtype if base_name else None

@@ -14,7 +14,7 @@ from nps_compress.atomic import atomic_file, refuse_existing, refuse_input_as_ou
 from nps_compress.candidates import Pruner
 from nps_compress.checkpoint import Checkpoint, Pair, open_checkpoint, pair
 from nps_compress.distortion import Distortion, total
-from nps_compress.encoding import Encoded, Level, effort_of, encode_tensor, identify
+from nps_compress.encoding import Encoded, Level, effort_of, encode_tensor, identify, reading
 from nps_compress.errors import BaseMismatchError, InvalidArgumentError
 from nps_compress.format.records import base_root, printable
 from nps_compress.format.writer import NpsWriter, check_name
@@ -182,7 +182,8 @@ def write(
 
     def encode(name: str) -> Encoded:
         chosen = pruner if name in prunable else None
-        return encode_tensor(pair_, name, chosen, selection, base_index, effort, buffers)
+        with reading(buffers) as read:
+            return encode_tensor(pair_, name, chosen, selection, base_index, effort, read)
 
     said = {BASE_NAME_KEY: base.name, FINETUNED_NAME_KEY: finetuned.name}
     said["tool"] = f"nps-compress {__version__}"
