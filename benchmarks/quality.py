@@ -1,7 +1,8 @@
 """Quality kept against bits: published baselines and our files, on real fine-tunes.
 
-    python benchmarks/quality.py           # one seed
-    python benchmarks/quality.py --full    # three seeds, more densities
+    python benchmarks/quality.py            # one seed
+    python benchmarks/quality.py --seeds 3
+    python benchmarks/quality.py --full     # three seeds, more densities
 
 One row a task, method, setting and seed, appended to results/quality.csv as it is measured: rows
 that are there are not measured again. Test data are seen by nothing but the last measurement.
@@ -473,13 +474,14 @@ def main() -> None:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="one seed (the default)")
     size.add_argument("--full", action="store_true", help="three seeds and more densities")
+    parser.add_argument("--seeds", type=int, help="how many (1, with --full 3)")
     parser.add_argument("--task", action="append", choices=tasks.names(), help="only this one")
     parser.add_argument("--no-search", action="store_true", help="leave out methods that search")
     parser.add_argument("--plot", action="store_true", help="measure nothing, plot what there is")
     arguments = parser.parse_args()
     environment = rows.environment()
     for name in () if arguments.plot else arguments.task or tasks.names():
-        seeds = range(3 if arguments.full else 1)
+        seeds = range(arguments.seeds or (3 if arguments.full else 1))
         chosen = [
             method
             for method in methods(arguments.full)
