@@ -241,7 +241,7 @@ def rebuild_each(
         FormatError, BaseMismatchError, CheckpointError; OSError: a place can't be written.
     """
 
-    def run(entry: TensorEntry) -> bytes:
+    def run(entry: TensorEntry, places: Mapping[str, Place] | None = places) -> bytes:
         base_name = task.base_tensor_name(entry.name)
         before = base.tensors[base_name].read_into if base_name else None
         found = blake3()
@@ -250,15 +250,20 @@ def rebuild_each(
                 found.update(octets(words))
                 if stream:
                     stream.write(words.data)
+        if not found.digest().startswith(entry.digest):
+            raise _first_difference(task, base) or task.damaged(entry.name)
         return found.digest()
 
+    entries = list(entries)
     # The largest first, so that no core has one left when the others are done.
     ordered = sorted(entries, key=_nbytes, reverse=True)
-    done = bounded_map(run, ordered, lambda entry: 1, 4 * workers())
-    for entry, found in zip(ordered, done, strict=True):
-        if not found.startswith(entry.digest):
-            raise _first_difference(task, base) or task.damaged(entry.name)
-        yield entry, found
+    try:
+        done = bounded_map(run, ordered, lambda entry: 1, 4 * workers())
+        yield from zip(ordered, done, strict=True)
+    except FormatError:
+        for entry in entries:  # which of several faults is told does not depend on sizes
+            run(entry, None)
+        raise
 
 
 @contextlib.contextmanager
