@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     )
     from nps_compress.inspection import inspect
     from nps_compress.packing import PackReport, pack
+    from nps_compress.pretrained import from_pretrained
     from nps_compress.recipe import Recipe
     from nps_compress.reconstruct import Task, rebuild
     from nps_compress.report import Quality
@@ -79,6 +80,7 @@ _HOME = {
     "add_to_bundle": "bundle.add",
     "export_sparse": "sparse_safetensors",
     "extract_from_bundle": "bundle.extract",
+    "from_pretrained": "pretrained",
     "import_sparse": "sparse_safetensors",
     "inspect": "inspection",
     "inspect_bundle": "bundle.inspect",

@@ -76,6 +76,8 @@ ORDER = [
     "encoding",
     "packing",
     "unpacking",
+    "lazy",
+    "pretrained",
     "bundle",
     "sparse_safetensors",
     "inspection",
@@ -100,13 +102,13 @@ ONLY_IN = {
     "click": {"cli"},
     "tqdm": {"_progress"},
     "numba": {"_jit"},
-    "transformers": {"adapters", "models"},
+    "transformers": {"adapters", "models", "pretrained"},
     "PIL": {"images"},
     "huggingface_hub": {"checkpoint"},
     "safetensors": {"checkpoint"},
     "torch": {
         *("kernels", "torch_words", "batches", "adapters", "models", "divergence", "fitness"),
-        *("importance", "resident", "reconstruct", "live", "evaluator"),
+        *("importance", "resident", "reconstruct", "live", "evaluator", "lazy"),
     },
 }
 
@@ -181,6 +183,7 @@ def test_public_names_are_locked():
         "add_to_bundle",
         "export_sparse",
         "extract_from_bundle",
+        "from_pretrained",
         "import_sparse",
         "inspect",
         "inspect_bundle",
