@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nps_compress.bank import BankMetrics, TaskBank, TaskInfo
     from nps_compress.bundle import Bundle, BundledTask
     from nps_compress.bundle import add as add_to_bundle
     from nps_compress.bundle import extract as extract_from_bundle
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
         RecipeError,
         RetainError,
         SearchInterruptedError,
+        TaskBankError,
         WriteError,
     )
     from nps_compress.inspection import inspect
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "BankMetrics": "bank",
     "BaseMismatchError": "errors",
     "BenchmarkError": "errors",
     "Bundle": "bundle",
@@ -74,6 +77,9 @@ _HOME = {
     "SearchInterruptedError": "errors",
     "SearchOptions": "searching",
     "Task": "reconstruct",
+    "TaskBank": "bank",
+    "TaskBankError": "errors",
+    "TaskInfo": "bank",
     "UnpackReport": "unpacking",
     "VerifyReport": "unpacking",
     "WriteError": "errors",

@@ -143,3 +143,41 @@ def _generation_config(folder: Path) -> Any:
         return GenerationConfig.from_pretrained(
             folder, config_file_name="config.json", _from_model_config=True
         )
+
+
+# Of a config: names, versions and labels, and what only training, a head's loss or text generation
+# reads. The rest says what a model computes.
+_NOT_THE_MODEL = frozenset(
+    (
+        *("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"),
+        *("bos_token_id", "eos_token_id", "finetuning_task", "id2label", "label2id", "num_labels"),
+        *("problem_type", "task_specific_params", "use_cache", "vocab_size"),
+    )
+)
+
+
+def config_difference(model: Any, config: Mapping[str, Any]) -> str | None:
+    """Why a fine-tune's config.json is not of a model in memory: None where it may be.
+
+    model: of transformers, else there is nothing to compare; config: as parsed from JSON.
+    """
+    own = getattr(model, "config", None)
+    if own is None or not hasattr(own, "to_diff_dict"):
+        return None
+    names = config.get("architectures") or [type(model).__name__]
+    if type(model).__name__ not in names:
+        return f"its architecture is {names[0]}, the model's {type(model).__name__}"
+    if config.get("model_type") != own.model_type:
+        return f"its model_type is {config.get('model_type')!r}, the model's {own.model_type!r}"
+    try:
+        wanted = type(own).from_dict(dict(config)).to_dict()
+    except Exception as error:  # transformers raises whatever a broken config leads to
+        return f"its config.json can't be read ({' '.join(str(error).split())[:300]})"
+    found = own.to_dict()
+    ignored = set(_NOT_THE_MODEL)
+    if not type(model).__name__.endswith("ForSequenceClassification"):  # those look for padding
+        ignored.add("pad_token_id")
+    for key in sorted(wanted.keys() | found.keys()):
+        if key not in ignored and wanted.get(key) != found.get(key):
+            return f"its {key} is {wanted.get(key)!r}, the model's {found.get(key)!r}"
+    return None

@@ -78,6 +78,8 @@ ORDER = [
     "unpacking",
     "lazy",
     "pretrained",
+    "resident_model",
+    "bank",
     "bundle",
     "sparse_safetensors",
     "inspection",
@@ -109,6 +111,7 @@ ONLY_IN = {
     "torch": {
         *("kernels", "torch_words", "batches", "adapters", "models", "divergence", "fitness"),
         *("importance", "resident", "reconstruct", "live", "evaluator", "lazy"),
+        *("resident_model", "bank"),
     },
 }
 
@@ -154,6 +157,7 @@ def test_imports_only_go_down(module):
 
 def test_public_names_are_locked():
     assert nps_compress.__all__ == [
+        "BankMetrics",
         "BaseMismatchError",
         "BenchmarkError",
         "Bundle",
@@ -177,6 +181,9 @@ def test_public_names_are_locked():
         "SearchInterruptedError",
         "SearchOptions",
         "Task",
+        "TaskBank",
+        "TaskBankError",
+        "TaskInfo",
         "UnpackReport",
         "VerifyReport",
         "WriteError",
