@@ -173,11 +173,21 @@ def config_difference(model: Any, config: Mapping[str, Any]) -> str | None:
         wanted = type(own).from_dict(dict(config)).to_dict()
     except Exception as error:  # transformers raises whatever a broken config leads to
         return f"its config.json can't be read ({' '.join(str(error).split())[:300]})"
-    found = own.to_dict()
     ignored = set(_NOT_THE_MODEL)
     if not type(model).__name__.endswith("ForSequenceClassification"):  # those look for padding
         ignored.add("pad_token_id")
-    for key in sorted(wanted.keys() | found.keys()):
-        if key not in ignored and wanted.get(key) != found.get(key):
-            return f"its {key} is {wanted.get(key)!r}, the model's {found.get(key)!r}"
+    return _first_difference(wanted, own.to_dict(), ignored)
+
+
+def _first_difference(
+    wanted: Mapping[str, Any], found: Mapping[str, Any], ignored: set[str]
+) -> str | None:
+    for key in sorted((wanted.keys() | found.keys()) - ignored, key=str):
+        ours, others = wanted.get(key), found.get(key)
+        if isinstance(ours, Mapping) and isinstance(others, Mapping):
+            inner = _first_difference(ours, others, ignored)
+            if inner:
+                return inner
+        elif ours != others:
+            return f"its {key} is {ours!r:.100}, the model's {others!r:.100}"
     return None
