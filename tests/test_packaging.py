@@ -78,6 +78,7 @@ ORDER = [
     "unpacking",
     "lazy",
     "pretrained",
+    "quantizer",
     "resident_model",
     "bank",
     "bundle",
@@ -104,14 +105,14 @@ ONLY_IN = {
     "click": {"cli"},
     "tqdm": {"_progress"},
     "numba": {"_jit"},
-    "transformers": {"adapters", "models", "pretrained"},
+    "transformers": {"adapters", "models", "pretrained", "quantizer"},
     "PIL": {"images"},
     "huggingface_hub": {"checkpoint"},
     "safetensors": {"checkpoint"},
     "torch": {
         *("kernels", "torch_words", "batches", "adapters", "models", "divergence", "fitness"),
         *("importance", "resident", "reconstruct", "live", "evaluator", "lazy"),
-        *("resident_model", "bank"),
+        *("quantizer", "resident_model", "bank"),
     },
 }
 
@@ -168,6 +169,7 @@ def test_public_names_are_locked():
         "FitnessError",
         "FormatError",
         "InvalidArgumentError",
+        "NPSConfig",
         "NpsError",
         "OutOfMemoryError",
         "OutputExistsError",
