@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,6 +33,7 @@ from random_forms import (
 
 import nps_compress
 from nps_compress import resident
+from nps_compress._threads import workers
 from nps_compress.errors import BaseMismatchError, FormatError, InvalidArgumentError
 from nps_compress.kernels import form as forms
 from nps_compress.kernels import reference
@@ -282,8 +284,9 @@ def test_a_form_that_lies_writes_nothing_out_of_bounds(way, rng, kind, in_mask):
         old_whole, old = guarded(torch.zeros(changes.old_words, dtype=torch.int16), way.device)
         out_whole, out = guarded(torch.zeros(tensor.numel(), dtype=torch.int16), way.device)
         way.rebuild(changes, Tensors([out.view(torch.bfloat16)]))
-        assert changes.fault.item(), name
-        changes.fault.zero_()
+        with pytest.raises(InvalidArgumentError, match="places or values beyond them"):
+            changes.check()
+        changes.check()  # reported once
         way.exchange(changes, old)
         assert changes.fault.item(), name
         way.exchange(changes, old, undo=True)
@@ -479,6 +482,54 @@ def test_tasks_of_every_rule(way, tmp_path, rng, name):
     assert kinds == fits_bytes.get(name, kinds)
 
 
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_forms_of_all_tensors_are_those_of_each(tmp_path, rng, name, device):
+    base, *folders = model_pair(tmp_path, rng)
+    nps_compress.pack(*folders, tmp_path / "t.nps", **RECIPES[name])
+    with nps_compress.open(tmp_path / "t.nps") as task:
+        bases = {each: base.get(each) for each in task.names}
+        found = task.forms(bases, device)
+        assert list(found) == task.names
+        for each, made in found.items():
+            wanted = task.form(each, bases[each])
+            assert made.device.type == device
+            pairs = zip(forms._tensors(made), forms._tensors(wanted), strict=True)
+            assert all(bits(one.cpu()) == bits(other) for one, other in pairs)
+            assert (made.numel, made.nnz) == (wanted.numel, wanted.nnz)
+        assert task.forms({}, device) == {}
+
+
+@pytest.mark.skipif(workers() < 2, reason="needs two cores")
+def test_forms_are_made_at_the_same_time(tmp_path, rng, monkeypatch):
+    _, *folders = model_pair(tmp_path, rng)
+    nps_compress.pack(*folders, tmp_path / "t.nps", recipe=Recipe(prune="signs", density=0.1))
+    names = ["b.matrix", "h.matrix", "f.matrix", "new"]
+    both = threading.Barrier(2)
+    chunks = nps_compress.Task._chunks
+
+    def meets(task, entry):
+        both.wait(timeout=60)
+        return chunks(task, entry)
+
+    with nps_compress.open(tmp_path / "t.nps") as task:
+        monkeypatch.setattr(nps_compress.Task, "_chunks", meets)
+        assert list(task.forms(dict.fromkeys(names), "cpu")) == names
+
+
+def test_forms_report_what_form_does(tmp_path, rng):
+    base, *folders = model_pair(tmp_path, rng)
+    nps_compress.pack(*folders, tmp_path / "t.nps", lossless=True)
+    with nps_compress.open(tmp_path / "t.nps") as task:
+        names = ["b.matrix", "h.matrix"]
+        with pytest.raises(InvalidArgumentError, match=r"the base tensor for 'h\.matrix'"):
+            task.forms({"b.matrix": base["b.matrix"], "h.matrix": None}, "cpu")
+        with pytest.raises(BaseMismatchError, match="other values"):
+            task.forms({name: torch.zeros_like(base[name]) for name in names}, "cpu")
+        with pytest.raises(InvalidArgumentError, match="tensor name"):
+            task.forms({"nowhere": None}, "cpu")
+
+
 def test_a_file_against_another_base(tmp_path, rng):
     base, *folders = model_pair(tmp_path, rng)
     nps_compress.pack(*folders, tmp_path / "t.nps", lossless=True)
@@ -632,3 +683,17 @@ def test_task_rebuilds_on_the_device_of_its_base(tiny, tmp_path):
                 found = task.rebuild(name, base[source].cuda())
                 assert found.is_cuda
                 assert bits(found.cpu()) == bits(tuned[name])
+
+
+@pytest.mark.gpu
+def test_a_wrong_form_on_the_device_is_an_error_of_ours(tiny, tmp_path, monkeypatch):
+    from safetensors.torch import load_file
+
+    nps_compress.pack(*tiny, tmp_path / "t.nps", lossless=True)
+    base = load_file(tiny[0] / "model.safetensors")["layer.mlp"].cuda()
+    with nps_compress.open(tmp_path / "t.nps") as task:
+        honest = task.form("layer.mlp", base.cpu())
+        for wrong in lies(honest).values():
+            monkeypatch.setattr(task, "form", lambda *_, form=wrong: form.to("cuda"))
+            with pytest.raises(InvalidArgumentError, match="places or values beyond them"):
+                task.rebuild("layer.mlp", base, verify=False)

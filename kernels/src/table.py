@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from nps_compress.errors import InvalidArgumentError
+
 from .form import BLOCK, Factors, Form, Mask, Signs, Words, expect
 
 # Columns of a task's rows, one row a tensor. Pointers are addresses, counts are of elements.
@@ -89,7 +91,8 @@ class Changes:
     """What one task changes in tensors: a form for each, None where it changes nothing.
 
     ``old_words``: words that an exchange leaves behind where forms don't take them themselves.
-    ``fault``: [1] int32 on the device, not 0 once a form told of a place that there is not.
+    ``fault``: [1] int32 on the device, not 0 once a form told of a place that there is not. No
+    launch waits to look at it: :meth:`check` does, when it suits.
 
     Raises:
         ValueError: forms that don't fit the tensors.
@@ -117,6 +120,19 @@ class Changes:
     def nbytes(self) -> int:
         """Bytes of all forms on the device."""
         return sum(form.nbytes for form in self.forms if form)
+
+    def check(self) -> None:
+        """Wait for the device, and say whether all forms that were used so far were right.
+
+        Raises:
+            InvalidArgumentError: one told of a place or value that there is not. What it says
+                beyond its tensor was left out; once.
+        """
+        if self.fault.item():
+            self.fault.zero_()
+            raise InvalidArgumentError(
+                "changes", "places or values beyond them", "within their tensors and forms"
+            )
 
     def check_old(self, old: torch.Tensor | None) -> torch.Tensor:
         """The buffer an exchange leaves words in. Raises ValueError: one that does not fit."""
