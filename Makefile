@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 PEERS := benchmarks/peers
 
 .PHONY: help install demo test check format clean bench memory vectors conformance fuzz quality sizes
-.PHONY: storage storage-peers
+.PHONY: storage storage-peers gpu
 
 help:
 	@echo "make demo     pack, verify and unpack a real fine-tune (about 4 minutes on 2 cores)"
@@ -21,6 +21,7 @@ help:
 	@echo "make quality  quality against bits: baselines and ours on six real fine-tunes (hours)"
 	@echo "make storage  size, encode and decode speed beside every peer (about an hour)"
 	@echo "make storage-peers  install those peers, each in an environment of its own (5 GB of disk)"
+	@echo "make gpu      rebuild, exchange, switch and products of changes on a CUDA GPU, beside other ways"
 	@echo "make clean    remove the environment and everything built"
 
 install: $(STAMP)
@@ -65,6 +66,9 @@ quality: $(STAMP)
 
 storage: $(STAMP)
 	@$(BIN)/python benchmarks/storage.py
+
+gpu: $(STAMP)
+	@$(BIN)/python benchmarks/gpu.py
 
 storage-peers: $(patsubst $(PEERS)/%.txt,$(PEERS)/.envs/%/.installed,$(wildcard $(PEERS)/*.txt))
 
