@@ -607,6 +607,8 @@ for kernel, kinds in KERNELS.items():
         source = ASTSource(fn=kernel, signature=types, constexprs=constants)
         warps = options["WARPS"] if "WARPS" in constants else 4
         flags = {"num_warps": warps, "enable_fp_fusion": False}
+        if kind != table.INTEGER and kernel is not delta_matmul._delta_matmul_kernel:
+            flags["maxnreg"] = 128
         target = GPUTarget("cuda", 90, 32)
         made = triton.compile(source, target=target, options=flags)
         print("KERNEL", kernel.__name__, kind, len(made.asm["cubin"]))

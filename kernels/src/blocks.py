@@ -55,6 +55,9 @@ def launch_options(tensors: table.Tensors) -> dict[str, object]:
         "SEARCH": max(1, (len(tensors.words) - 1).bit_length()),
         "num_warps": 4,
         "enable_fp_fusion": False,
+        # Compiled for Hopper what adds numbers takes up to 150, and 128 without a spill: then four
+        # programs fit a multiprocessor, not three.
+        "maxnreg": None if tensors.float_kind == table.INTEGER else 128,
     }
 
 

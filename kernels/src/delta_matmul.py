@@ -201,7 +201,7 @@ def delta_matmul(
     mean = -(-batch // count)
     rows = 16 if mean <= 16 else 32 if mean <= 32 else 64
     options = blocks.launch_options(tasks.tensors)
-    del options["SEARCH"], options["ALIGNED"]
+    del options["SEARCH"], options["ALIGNED"], options["maxnreg"]
     warps = 4 if rows < 64 else 8
     forms = [changes.forms[number] for changes in tasks.changes]
     kinds = {type(one.places) for one in forms if one}
