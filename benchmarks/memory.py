@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+import nps_compress
 import rows
 from nps_compress.checkpoint import open_checkpoint
 from nps_compress.dtypes import BY_NAME, round_float32
@@ -115,6 +116,13 @@ def peak(*arguments: object, module: str = "nps_compress.cli") -> tuple[float, f
     return seconds, int(line.split()[1]) / 2**20
 
 
+def index_percent(file: Path) -> float:
+    """What of a file is no tensor's data."""
+    said = nps_compress.inspect(file)
+    data = sum(tensor["stored_bytes"] for tensor in said["tensors"])
+    return 100 * float(1 - data / said["file_bytes"])
+
+
 def same(left: Path, right: Path) -> bool:
     first, second = open_checkpoint(left), open_checkpoint(right)
     return first.tensors.keys() == second.tensors.keys() and all(
@@ -144,6 +152,10 @@ def main() -> None:
                 *("pack", *pair, "-o", work / "s.nps"),
                 *("--prune", "sampled", "--density", "0.01"),
             ),
+            "pack signs 0.01": (
+                *("pack", *pair, "-o", work / "t.nps"),
+                *("--prune", "signs", "--density", "0.01"),
+            ),
             "pack lossless": ("pack", *pair, "-o", work / "l.nps", "--lossless"),
             "verify magnitude": ("verify", work / "base", work / "m.nps"),
             "unpack lossless": ("unpack", work / "base", work / "l.nps", "-o", work / "out"),
@@ -164,6 +176,7 @@ def main() -> None:
                     "seconds": round(seconds, 1),
                     "dense_gb_s": round(total / seconds / 1e9, 3),
                     "bits_per_param": round(16 * size / total, 4) if size else "",
+                    "index_percent": round(index_percent(output), 3) if output and size else "",
                 }
             )
             print(rows.table(found[-1:]), flush=True)

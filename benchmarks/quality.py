@@ -359,6 +359,34 @@ def _history(key: Mapping[str, object], search: Mapping[str, Any]) -> list[dict[
     ]
 
 
+def summary(found: Iterable[Mapping[str, str]]) -> list[dict[str, object]]:
+    """Per cent kept: a row a method and setting, the mean over its seeds and how far they span."""
+    kept: dict[tuple[str, str], dict[str, list[float]]] = {}
+    bits: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for row in found:
+        key, task = (row["method"], row["setting"]), row["task"]
+        kept.setdefault(key, {}).setdefault(task, []).append(100 * float(row["retained"]))
+        bits.setdefault(key, {}).setdefault(task, []).append(float(row["bits_per_param"]))
+    names = sorted({name for by_task in kept.values() for name in by_task})
+    table: list[dict[str, object]] = []
+    for (method, setting), by_task in kept.items():
+        line: dict[str, object] = {"method": method, "setting": setting}
+        for name in names:
+            seeds = by_task.get(name, [])
+            mean = f"{statistics.fmean(seeds):.1f}" if seeds else "-"
+            line[name] = f"{mean} ({max(seeds) - min(seeds):.1f})" if len(seeds) > 1 else mean
+        whole = len(by_task) == len(names)
+        line["mean"] = f"{_mean_of_means(by_task):.1f}" if whole else "-"
+        line["bits"] = f"{_mean_of_means(bits[method, setting]):.3f}" if whole else "-"
+        line["seeds"] = min(map(len, by_task.values()))
+        table.append(line)
+    return sorted(table, key=lambda line: str(line["bits"]))
+
+
+def _mean_of_means(by_task: Mapping[str, Sequence[float]]) -> float:
+    return statistics.fmean(map(statistics.fmean, by_task.values()))
+
+
 def plot(path: Path) -> None:
     """Retained share against bits: a panel a task, a line a method, the mean over its seeds.
 
@@ -476,6 +504,8 @@ def main() -> None:
     size.add_argument("--full", action="store_true", help="three seeds and more densities")
     parser.add_argument("--seeds", type=int, help="how many (1, with --full 3)")
     parser.add_argument("--task", action="append", choices=tasks.names(), help="only this one")
+    parser.add_argument("--method", action="append", help="only this one, as a row has it")
+    parser.add_argument("--setting", action="append", help="only this one, as a row has it")
     parser.add_argument("--no-search", action="store_true", help="leave out methods that search")
     parser.add_argument("--plot", action="store_true", help="measure nothing, plot what there is")
     arguments = parser.parse_args()
@@ -486,9 +516,12 @@ def main() -> None:
             method
             for method in methods(arguments.full)
             if not (arguments.no_search and method[0].endswith(SEARCHING))
+            and (not arguments.method or method[0] in arguments.method)
+            and (not arguments.setting or method[1] in arguments.setting)
         ]
         measure(name, chosen, seeds, environment)
     if rows.read(RESULT):
+        print(f"\nkept, per cent (span of the seeds)\n{rows.table(summary(rows.read(RESULT)))}\n")
         plot(RESULT.with_suffix(".png"))
         print(f"rows in {RESULT}, picture beside")
     if rows.read(SEARCHES):

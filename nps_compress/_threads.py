@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 # What small tensors in work may take together, beside the largest ones.
 MEMORY_SLACK = 256 << 20
+_AHEAD = 64  # small tensors that others may do while one does a large one
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -32,7 +33,7 @@ def bounded_map(
 ) -> Iterator[R]:
     """Results in the order of ``items``, while the costs of unfinished ones stay within budget.
 
-    At most four items a worker are in work or waiting to be taken.
+    At most ``_AHEAD`` items a worker are in work or waiting to be taken.
 
     An item that alone exceeds the budget runs alone. What an item costs counts until its result
     has been taken and the next one asked for.
@@ -43,7 +44,7 @@ def bounded_map(
         try:
             for item in items:
                 price = cost(item)
-                while pending and (in_work + price > budget or len(pending) >= 4 * workers()):
+                while pending and (in_work + price > budget or len(pending) >= _AHEAD * workers()):
                     future, paid = pending.popleft()
                     yield future.result()
                     in_work -= paid

@@ -670,10 +670,12 @@ def encode_chunk(
     codec: ValueCodec,
     level: int = DEFAULT_LEVEL,
     place: Place | None = None,
+    bits: Bytes | None = None,
 ) -> EncodedChunk:
     """Encode what turns ``base`` into ``new``, [numel] words each; base None: keep all.
 
-    place: of the chunk, where its mask may be a learned one.
+    place: of the chunk, where its mask may be a learned one; bits: [numel / 8] where they differ,
+    if that is known.
     """
     if base is None:
         positions = None
@@ -681,7 +683,8 @@ def encode_chunk(
         mask: tuple[MaskCodec, int, bytes, bool]
         mask = (MaskCodec.FULL if nnz else MaskCodec.EMPTY, 0, b"", False)
     else:
-        bits = np.packbits(base != new, bitorder="little")
+        if bits is None:
+            bits = np.packbits(base != new, bitorder="little")
         positions = _positions_of(bits)
         nnz = len(positions)
         mask = encode_mask(positions, new.size, level, place, bits)
@@ -725,7 +728,11 @@ def best_value_codec(
 
     choices: REPLACE among them; those that the dtype rules out are passed over.
     """
-    changed = _positions_of(np.packbits(base != new, bitorder="little"))[:_SAMPLE_OF_TABLES]
+    for stop in (1 << 14, 1 << 17, base.size):  # the first that are changed are mostly near
+        changed = _positions_of(np.packbits(base[:stop] != new[:stop], bitorder="little"))
+        if len(changed) >= _SAMPLE_OF_TABLES:
+            break
+    changed = changed[:_SAMPLE_OF_TABLES]
     if not len(changed):
         return ValueCodec.REPLACE
     allowed = {ValueCodec.REPLACE, ValueCodec.XOR}

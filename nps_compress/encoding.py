@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,7 @@ from nps_compress.checkpoint import Checkpoint, Pair
 from nps_compress.codecs import (
     EXACT_CODECS,
     MOST_WORK,
+    Bytes,
     EncodedChunk,
     ValueCodec,
     best_value_codec,
@@ -41,8 +43,11 @@ from nps_compress.sign_codec import (
 _KEPT_PER_CHUNK = 16384  # enough that a frame's header and a record cost under 1 %
 _NEW_CHUNK_LOG2 = 20
 _MAX_EXAMINED_PER_KEPT = 1024
+_SMALL = 1 << 20  # elements of a tensor that one thread does as fast
 _FACTORS_PAY = 50  # where the rest of a tensor takes so many times their bytes, they surely do
 
+T = TypeVar("T")
+R = TypeVar("R")
 Level = Literal["fast", "default", "max"]
 LEVELS: tuple[Level, ...] = get_args(Level)
 
@@ -97,79 +102,104 @@ def reading(buffers: Buffers) -> Iterator[Read]:
         yield read
 
 
-def encode_tensor(
-    pair_: Pair,
-    name: str,
-    pruner: Pruner | None,
-    selection: Selection | None,
-    base_index: Mapping[str, int],
-    effort: Effort,
-    read: Read,
-) -> Encoded:
-    """A tensor of the fine-tune as it is stored.
+@dataclass(frozen=True)
+class Encoder:
+    """Encodes tensors of a fine-tune, several at a time.
 
-    pruner: None where every changed bit is kept; base_index: numbers of the base's tensors; read:
-    see :func:`reading`.
+    pruner: None where every changed bit is kept, as in tensors that are not among ``prunable``;
+    base_index: numbers of the base's tensors; pool: what does the parts of a large tensor.
     """
-    stored = pair_.finetuned.tensors[name]
-    base_name = pair_.base_of.get(name)
-    base_dtype = pair_.base.tensors[base_name].dtype if base_name else None
-    if base_name is None or (pruner is None and base_dtype != stored.dtype):
-        return _encode_new(name, stored.dtype, stored.shape, read(pair_.finetuned, name), effort)
-    assert base_dtype is not None
-    moved, multiples = Distortion(), None
-    kind = kind_of(pruner.recipe.prune) if pruner else "exact"
-    if pruner:
-        loaded = pruner.load(name)
-        before = loaded[0]
-        rounding = pruner.rounding(name, loaded, selection)
-        if kind == "grid" or rounding.step:
-            multiples = np.zeros(before.size, np.int16)
-        after = pruner.prune(name, loaded, selection, multiples, rounding)
-        moved = distortion(*loaded, after)
-    else:
-        before, after = read(pair_.base, base_name), read(pair_.finetuned, name)
-    identity = identify(pair_.base, base_name, before)
-    changed = sum(
-        int(np.count_nonzero(before[start : start + SLICE] != after[start : start + SLICE]))
-        for start in range(0, before.size, SLICE)
-    )
-    op, codec, chunk_log2 = Op.COPY, ValueCodec.NONE, 0
-    chunks: list[EncodedChunk] = []
-    # Where fewer are kept, positions cost less than a factor for each row and column, and a reader
-    # would draw or decode more than the format allows.
-    stored_apart = multiples is not None or kind == "signs"
-    if pruner and stored_apart and changed * _MAX_EXAMINED_PER_KEPT >= before.size > 0:
-        levels = pruner.levels(name, loaded)
-        if levels is not None:
-            codec, chunk_log2, chunks = _encode_levels(*levels)
-        elif multiples is None:
-            codec, chunk_log2, chunks = _encode_signs(pruner, name, loaded, changed, selection)
+
+    pair: Pair
+    pruner: Pruner | None
+    prunable: Collection[str]
+    selection: Selection | None
+    base_index: Mapping[str, int]
+    effort: Effort
+    pool: Executor
+
+    def encode(self, name: str, read: Read) -> Encoded:
+        """A tensor of the fine-tune as it is stored. read: see :func:`reading`."""
+        pair, effort = self.pair, self.effort
+        pruner = self.pruner if name in self.prunable else None
+        stored = pair.finetuned.tensors[name]
+        base_name = pair.base_of.get(name)
+        base_dtype = pair.base.tensors[base_name].dtype if base_name else None
+        if base_name is None or (pruner is None and base_dtype != stored.dtype):
+            return _encode_new(name, stored.dtype, stored.shape, read(pair.finetuned, name), effort)
+        assert base_dtype is not None
+        moved, multiples = Distortion(), None
+        kind = kind_of(pruner.recipe.prune) if pruner else "exact"
+        if pruner:
+            loaded = pruner.load(name)
+            before = loaded[0]
+            rounding = pruner.rounding(name, loaded, self.selection)
+            if kind == "grid" or rounding.step:
+                multiples = np.zeros(before.size, np.int16)
+            after = pruner.prune(name, loaded, self.selection, multiples, rounding)
+            moved = distortion(*loaded, after)
         else:
-            step = pruner.step(name, loaded, selection, rounding)
-            if step:
-                found = pruner.grid_parameters(name, loaded, step)
-                codec, chunk_log2, chunks = _encode_grid(found, multiples, changed)
-                work = sum(chunk.raw_bytes + chunk.work for chunk in chunks)
-                if work > MOST_WORK * _stored_bytes(chunks):
-                    chunks = []
-    if chunks:
-        op = Op.DELTA
-    elif changed:
-        op, chunk_log2 = Op.DELTA, _chunk_log2(before.size, changed)
-        size = 1 << chunk_log2
-        parts = [slice(start, start + size) for start in range(0, before.size, size)]
-        middle = parts[len(parts) // 2]
-        codec = best_value_codec(before[middle], after[middle], base_dtype, effort.codecs)
-        columns = rows_and_columns(stored.shape)[1]
-        for part in parts:
-            place = Place(part.start, columns) if effort.learned_masks else None
-            words = before[part], after[part]
-            chunks.append(encode_chunk(*words, base_dtype, codec, effort.zstd, place))
-    entry = TensorEntry(
-        name, base_dtype, stored.shape, op, codec, chunk_log2, base_index[base_name], digest(after)
-    )
-    return Encoded(entry, chunks, identity, moved)
+            before, after = read(pair.base, base_name), read(pair.finetuned, name)
+        digests = self._map(digest, [before, after], before.size)
+        bits, changed = _differences(before, after)
+        op, codec, chunk_log2 = Op.COPY, ValueCodec.NONE, 0
+        chunks: list[EncodedChunk] = []
+        # Where fewer are kept, positions cost less than a factor for each row and column, and a
+        # reader would draw or decode more than the format allows.
+        stored_apart = multiples is not None or kind == "signs"
+        if pruner and stored_apart and changed * _MAX_EXAMINED_PER_KEPT >= before.size > 0:
+            levels = pruner.levels(name, loaded)
+            if levels is not None:
+                codec, chunk_log2, chunks = _encode_levels(*levels)
+            elif multiples is None:
+                codec, chunk_log2, chunks = _encode_signs(
+                    pruner, name, loaded, changed, self.selection
+                )
+            else:
+                step = pruner.step(name, loaded, self.selection, rounding)
+                if step:
+                    found = pruner.grid_parameters(name, loaded, step)
+                    codec, chunk_log2, chunks = _encode_grid(found, multiples, changed)
+                    work = sum(chunk.raw_bytes + chunk.work for chunk in chunks)
+                    if work > MOST_WORK * _stored_bytes(chunks):
+                        chunks = []
+        if chunks:
+            op = Op.DELTA
+        elif changed:
+            op, chunk_log2 = Op.DELTA, _chunk_log2(before.size, changed)
+            size = 1 << chunk_log2
+            parts = [slice(start, start + size) for start in range(0, before.size, size)]
+            middle = parts[len(parts) // 2]
+            codec = best_value_codec(before[middle], after[middle], base_dtype, effort.codecs)
+            columns = rows_and_columns(stored.shape)[1]
+
+            def encode(part: slice) -> EncodedChunk:
+                place = Place(part.start, columns) if effort.learned_masks else None
+                words = before[part], after[part], base_dtype
+                of_part = bits[part.start // 8 : part.stop // 8]
+                return encode_chunk(*words, codec, effort.zstd, place, of_part)
+
+            chunks += self._map(encode, parts, before.size)
+        of_base, of_tuned = digests
+        number = self.base_index[base_name]
+        entry = TensorEntry(name, base_dtype, stored.shape, op, codec, chunk_log2, number, of_tuned)
+        of = pair.base.tensors[base_name]
+        return Encoded(entry, chunks, BaseTensor(base_name, of.dtype, of.shape, of_base), moved)
+
+    def _map(self, function: Callable[[T], R], items: Iterable[T], numel: int) -> Iterable[R]:
+        """Results in order; of a large tensor they are worked on at the same time."""
+        return self.pool.map(function, items) if numel > _SMALL else map(function, items)
+
+
+def _differences(before: Words, after: Words) -> tuple[Bytes, int]:
+    """A bit for each element, set where words differ, and how many are. -> [numel / 8]."""
+    bits = np.empty(-(-before.size // 8), np.uint8)
+    for start in range(0, before.size, SLICE):
+        part = np.packbits(
+            before[start : start + SLICE] != after[start : start + SLICE], bitorder="little"
+        )
+        bits[start // 8 : start // 8 + part.size] = part
+    return bits, int(np.bitwise_count(bits).sum(dtype=np.int64))
 
 
 _Streams = tuple[ValueCodec, int, list[EncodedChunk]]  # chunks are of 2^(the number) elements

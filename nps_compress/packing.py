@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nps_compress import __version__
 from nps_compress._progress import bar
-from nps_compress._threads import Buffers, bounded_map
+from nps_compress._threads import Buffers, bounded_map, workers
 from nps_compress.atomic import atomic_file, refuse_existing, refuse_input_as_output
 from nps_compress.candidates import Pruner
 from nps_compress.checkpoint import Checkpoint, Pair, open_checkpoint, pair
 from nps_compress.distortion import Distortion, total
-from nps_compress.encoding import Encoded, Level, effort_of, encode_tensor, identify, reading
+from nps_compress.encoding import Encoded, Encoder, Level, effort_of, identify, reading
 from nps_compress.errors import BaseMismatchError, InvalidArgumentError
 from nps_compress.format.records import base_root, printable
 from nps_compress.format.writer import NpsWriter, check_name
@@ -180,19 +181,20 @@ def write(
 
     buffers = Buffers()
 
-    def encode(name: str) -> Encoded:
-        chosen = pruner if name in prunable else None
-        with reading(buffers) as read:
-            return encode_tensor(pair_, name, chosen, selection, base_index, effort, read)
-
     said = {BASE_NAME_KEY: base.name, FINETUNED_NAME_KEY: finetuned.name}
     said["tool"] = f"nps-compress {__version__}"
     if pruner:
         said["recipe"] = json.dumps(pruner.recipe.to_dict())
     nnz, known = 0, {}
     distortions: list[Distortion] = []
-    with atomic_file(out, force) as stream:
+    with atomic_file(out, force) as stream, ThreadPoolExecutor(workers()) as pool:
         writer = NpsWriter(stream)
+        encoder = Encoder(pair_, pruner, prunable, selection, base_index, effort, pool)
+
+        def encode(name: str) -> Encoded:
+            with reading(buffers) as read:
+                return encoder.encode(name, read)
+
         with bar(len(finetuned.tensors), "packing", "tensor", progress) as advance:
             for encoded in bounded_map(
                 encode,

@@ -6,10 +6,10 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol, TypeVar
 
 from blake3 import blake3
 
@@ -29,7 +29,7 @@ from nps_compress.checkpoint import (
     encode_header,
     open_checkpoint,
 )
-from nps_compress.dtypes import Words, digest, octets
+from nps_compress.dtypes import DType, Words, digest, octets
 from nps_compress.errors import BaseMismatchError, FormatError, InvalidArgumentError
 from nps_compress.format.layout import Op
 from nps_compress.format.reader import NpsReader
@@ -48,6 +48,22 @@ Place = tuple[Path, int]  # a file that is there, and an offset in it
 
 _CHUNK_BYTES = 64 << 20  # a chunk of two-byte words in work, with its positions
 _OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+
+
+class Shaped(Protocol):
+    """A tensor to write: of a file or of a checkpoint."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def dtype(self) -> DType: ...  # noqa: D102
+    @property
+    def numel(self) -> int: ...  # noqa: D102
+    @property
+    def shape(self) -> tuple[int, ...]: ...  # noqa: D102
+
+
+S = TypeVar("S", bound=Shaped)
 
 
 @dataclass(frozen=True)
@@ -98,36 +114,25 @@ def unpack(
     out = Path(out)
     if max_shard_bytes < 1:
         raise InvalidArgumentError("max shard size", max_shard_bytes, "at least 1 byte")
-    refuse_unrelated_content(out, force, _is_ours)
+    refuse_unrelated_content(out, force, is_ours)
     base_ = open_checkpoint(base)
     refuse_input_as_output(out, [base_.path, Path(task)])
     with open_task(task) as task_:
         check_layout(task_, base_, task_.reader.tensors)
         nbytes = sum(_nbytes(entry) for entry in task_.reader.tensors)
         refuse_too_large(out, nbytes, max_bytes)
-        side_files = dict(_side_files(task_, base_))
-        shards = _shards(task_.reader.tensors, max_shard_bytes)
+        side_files = dict(side_files_of(task_, base_))
+        shards = shards_of(task_.reader.tensors, max_shard_bytes)
         with (
-            atomic_directory(out, force, _is_ours) as folder,
+            atomic_directory(out, force, is_ours) as folder,
             bar(len(task_.entries), "unpacking", "tensor", progress) as advance,
         ):
-            places = {}
-            for file, entries in shards.items():
-                header = encode_header([(e.name, e.dtype, e.shape) for e in entries], _HEADER)
-                (folder / file).write_bytes(header)
-                end = len(header)
-                for entry in entries:
-                    places[entry.name] = (folder / file, end)
-                    end += _nbytes(entry)
-                os.truncate(folder / file, end)
+            places = write_headers(folder, shards)
             digests = {}
             for entry, found in rebuild_each(task_, base_, task_.reader.tensors, places):
                 digests[entry.name] = found
                 advance()
             check_content(task_, base_, digests, side_files)
-            if len(shards) > 1:
-                index = json.dumps(_shard_index(shards), indent=2)
-                (folder / WEIGHTS_INDEX).write_text(index, encoding="utf-8")
             written = {name: data for name, data in side_files.items() if name in SIDE_FILES}
             for name, data in written.items():
                 (folder / name).write_bytes(data)
@@ -160,7 +165,7 @@ def verify(
             raise _mismatch(
                 task_, base_, f"tensor {extra[0]!r}", "is not in the base the task was made from"
             )
-        difference = _first_difference(task_, base_, progress)
+        difference = first_difference(task_, base_, progress)
         if difference:
             raise difference
         with bar(len(reader.tensors), "verifying", "tensor", progress) as advance:
@@ -169,7 +174,7 @@ def verify(
                 digests[entry.name] = found
                 on_tensor(entry)
                 advance()
-        files = dict(_side_files(task_, base_))
+        files = dict(side_files_of(task_, base_))
         check_content(task_, base_, digests, files)
         known = sum(1 for name in files if name in SIDE_FILES)
         return _report(reader, len(reader.base), known, with_base=True)
@@ -214,7 +219,7 @@ def rebuilt(
     def run(entry: TensorEntry) -> tuple[Words, bool]:
         base_name = task.base_tensor_name(entry.name)
         before = base.read(base_name) if base_name else None
-        with _right_base(task, base):
+        with right_base(task, base):
             words = task.rebuild_words(entry.name, before)
         return words, task.matches(entry.name, words)
 
@@ -223,7 +228,7 @@ def rebuilt(
     done = bounded_map(run, entries, _nbytes, 2 * largest + MEMORY_SLACK)
     for entry, (words, matches) in zip(entries, done, strict=True):
         if not matches:
-            raise _first_difference(task, base) or task.damaged(entry.name)
+            raise first_difference(task, base) or task.damaged(entry.name)
         yield entry, words
 
 
@@ -241,33 +246,38 @@ def rebuild_each(
         FormatError, BaseMismatchError, CheckpointError; OSError: a place can't be written.
     """
 
-    def run(entry: TensorEntry) -> bytes:
+    def run(entry: TensorEntry, places: Mapping[str, Place] | None = places) -> bytes:
         base_name = task.base_tensor_name(entry.name)
         before = base.tensors[base_name].read_into if base_name else None
         found = blake3()
-        with _right_base(task, base), _opened(places, entry.name) as stream:
+        with right_base(task, base), _opened(places, entry.name) as stream:
             for words in task.pieces(entry.name, before):
                 found.update(octets(words))
                 if stream:
                     stream.write(words.data)
+        if not found.digest().startswith(entry.digest):
+            raise first_difference(task, base) or task.damaged(entry.name)
         return found.digest()
 
+    entries = list(entries)
     # The largest first, so that no core has one left when the others are done.
     ordered = sorted(entries, key=_nbytes, reverse=True)
-    done = bounded_map(run, ordered, lambda entry: 1, 4 * workers())
-    for entry, found in zip(ordered, done, strict=True):
-        if not found.startswith(entry.digest):
-            raise _first_difference(task, base) or task.damaged(entry.name)
-        yield entry, found
+    try:
+        done = bounded_map(run, ordered, lambda entry: 1, 4 * workers())
+        yield from zip(ordered, done, strict=True)
+    except FormatError:
+        for entry in entries:  # which of several faults is told does not depend on sizes
+            run(entry, None)
+        raise
 
 
 @contextlib.contextmanager
-def _right_base(task: Task, base: Checkpoint) -> Iterator[None]:
+def right_base(task: Task, base: Checkpoint) -> Iterator[None]:
     """Say that the base is another one where that is why a tensor does not decode."""
     try:
         yield
     except FormatError as error:  # distances don't decode with another base
-        raise _first_difference(task, base) or error from None
+        raise first_difference(task, base) or error from None
 
 
 @contextlib.contextmanager
@@ -298,7 +308,7 @@ def check_content(
     side_files = [replace(file, digest=blake3(files[file.name]).digest()) for file in reader.files]
     if content_digest(tensors, side_files) != reader.content_digest:
         detail = "all together, the tensors and files don't have the digest that was promised"
-        raise _first_difference(task, base) or FormatError("D-CONTENT", detail, reader.path)
+        raise first_difference(task, base) or FormatError("D-CONTENT", detail, reader.path)
 
 
 def check_layout(task: Task, base: Checkpoint, entries: Iterable[TensorEntry]) -> None:
@@ -319,7 +329,7 @@ def check_layout(task: Task, base: Checkpoint, entries: Iterable[TensorEntry]) -
             )
 
 
-def _first_difference(
+def first_difference(
     task: Task, base: Checkpoint, progress: bool = False
 ) -> BaseMismatchError | None:
     """The first base tensor, by name, that is missing or has other values."""
@@ -350,7 +360,7 @@ def _mismatch(task: Task, base: Checkpoint, what: str, difference: str) -> BaseM
     return BaseMismatchError(base.path, what, difference, task.base_name)
 
 
-def _side_files(task: Task, base: Checkpoint) -> Iterator[tuple[str, bytes]]:
+def side_files_of(task: Task, base: Checkpoint) -> Iterator[tuple[str, bytes]]:
     """Side files of the fine-tune that could be read, perhaps under names never to be written."""
     for entry in task.reader.files:
         if entry.op is Op.NEW:
@@ -366,17 +376,18 @@ def _side_files(task: Task, base: Checkpoint) -> Iterator[tuple[str, bytes]]:
         yield entry.name, data
 
 
-def _is_ours(name: str) -> bool:
+def is_ours(name: str) -> bool:
+    """Whether a folder of ours may hold a file of this name."""
     return name in SIDE_FILES or name == WEIGHTS_INDEX or _OURS.fullmatch(name) is not None
 
 
-def _nbytes(entry: TensorEntry) -> int:
+def _nbytes(entry: Shaped) -> int:
     return entry.numel * entry.dtype.itemsize
 
 
-def _shards(entries: Iterable[TensorEntry], max_shard_bytes: int) -> dict[str, list[TensorEntry]]:
+def shards_of(entries: Iterable[S], max_shard_bytes: int) -> dict[str, list[S]]:
     """File name -> its tensors; within a file wide elements come first, so that all are aligned."""
-    groups: list[list[TensorEntry]] = [[]]
+    groups: list[list[S]] = [[]]
     size = 0
     for entry in entries:
         if groups[-1] and size + _nbytes(entry) > max_shard_bytes:
@@ -395,7 +406,24 @@ def _shards(entries: Iterable[TensorEntry], max_shard_bytes: int) -> dict[str, l
     }
 
 
-def _shard_index(shards: dict[str, list[TensorEntry]]) -> dict[str, object]:
+def write_headers(folder: Path, shards: Mapping[str, Sequence[Shaped]]) -> dict[str, Place]:
+    """Make weight files of the right size, and their index. -> where each tensor's bytes go."""
+    places = {}
+    for file, entries in shards.items():
+        header = encode_header([(e.name, e.dtype, e.shape) for e in entries], _HEADER)
+        (folder / file).write_bytes(header)
+        end = len(header)
+        for entry in entries:
+            places[entry.name] = (folder / file, end)
+            end += _nbytes(entry)
+        os.truncate(folder / file, end)
+    if len(shards) > 1:
+        index = json.dumps(_shard_index(shards), indent=2)
+        (folder / WEIGHTS_INDEX).write_text(index, encoding="utf-8")
+    return places
+
+
+def _shard_index(shards: Mapping[str, Sequence[Shaped]]) -> dict[str, object]:
     total = sum(_nbytes(entry) for entries in shards.values() for entry in entries)
     return {
         "metadata": {"total_size": total},
