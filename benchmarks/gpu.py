@@ -43,7 +43,7 @@ import rows
 from gpu_cases import Batch, Model
 from nps_compress import resident
 from nps_compress.bench import shapes, synthetic
-from nps_compress.kernels.form import to_device
+from nps_compress.kernels.form import parts_of, to_device
 from nps_compress.kernels.table import Changes, Tensors
 from nps_compress.recipe import Recipe
 
@@ -212,9 +212,7 @@ def _copier(source: Sequence[torch.Tensor], out: Sequence[torch.Tensor]) -> Call
 
 def _pinned(changes: Changes) -> Callable[[], None]:
     """Copies the parts of a task from pinned memory of the host to where they are."""
-    from nps_compress.kernels.form import _tensors
-
-    there = [part for form in changes.forms if form for part in _tensors(form)]
+    there = [part for form in changes.forms if form for part in parts_of(form)]
     here = [part.cpu().clone() for part in there]
     if changes.tensors.device.type == "cuda":
         here = [part.pin_memory() for part in here]

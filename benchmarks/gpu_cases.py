@@ -13,7 +13,16 @@ import torch
 from nps_compress import resident
 from nps_compress.bench.shapes import Shapes
 from nps_compress.kernels import reference
-from nps_compress.kernels.form import Factors, Form, Signs, Words, form_of, gaps_of, mask_of
+from nps_compress.kernels.form import (
+    Factors,
+    Form,
+    Signs,
+    Words,
+    form_of,
+    gaps_of,
+    mask_of,
+    parts_of,
+)
 from nps_compress.kernels.table import Changes, Tasks, Tensors
 from nps_compress.rank_one import POWERS
 
@@ -128,10 +137,18 @@ def exchange_bytes(model: Model, changes: Changes, density: float) -> float:
 
 
 def switch_bytes(model: Model, left: Changes, right: Changes, density: float) -> float:
-    """Both forms read and what they share touched once; words come back, words are put aside."""
+    """Both forms read (of the left one signs are not needed), what they share touched once, words
+    brought back and put aside."""
     kept = sum(form.nnz for changes in (left, right) for form in changes.forms if form)
     once = 2 * touched([density, density]) * model.nbytes
-    return left.nbytes + right.nbytes + once + kept * BF16.itemsize
+    undone = sum(
+        form.nbytes
+        if isinstance(form.values, Words)
+        else sum(part.nbytes for part in parts_of(form.places))
+        for form in left.forms
+        if form
+    )
+    return undone + right.nbytes + once + kept * BF16.itemsize
 
 
 # ----- the gate

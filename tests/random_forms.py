@@ -85,6 +85,9 @@ def lies(honest: Form) -> dict[str, Form]:
         far = places.counts.clone()
         far[0] = -1
         return {
+            "one too many before": replace(
+                honest, places=replace(places, counts=places.counts + 1)
+            ),
             "too many": replace(honest, places=replace(places, counts=counts)),
             "2^32 - 1 before": replace(honest, places=replace(places, counts=far)),
         }

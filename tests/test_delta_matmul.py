@@ -86,13 +86,14 @@ def tasks_of(device: str, base: torch.Tensor, made: list[Form | None]) -> Tasks:
 
 
 def outputs(rng, shape: tuple[int, int], dtype: torch.dtype, device: str, turned: bool):
-    """Numbers, in the midst of NaN: the whole, and the part."""
-    rows, columns = shape
-    whole = torch.full((rows + 2, columns + 5), float("nan"), dtype=dtype, device=device)
-    if turned:
-        whole = torch.full((columns + 5, rows + 2), float("nan"), dtype=dtype, device=device).T
+    """Numbers, in the midst of NaN and -0.0, which adding 0 changes: the whole, and the part."""
+    rows, columns = shape[0] + 2, shape[1] + 5
+    whole = torch.empty((columns, rows)[:: 1 if turned else -1], dtype=dtype, device=device)
+    whole = whole.T if turned else whole
+    is_odd = (torch.arange(rows)[:, None] + torch.arange(columns)) % 2 == 1
+    whole.copy_(torch.where(is_odd, -0.0, float("nan")))
     part = whole[1:-1, 2:-3]
-    part.copy_(normal(rng, rows, columns))
+    part.copy_(normal(rng, *shape))
     return whole, part
 
 
@@ -174,6 +175,15 @@ def test_blocks_and_tiles_that_do_not_end_with_a_row(way, rng, shape):
     made = [usual_form(rng, *each) for each in (("signs", 0.03, base), ("words", 0.01, base))]
     starts = torch.tensor([0, 2, 5], dtype=torch.int32)
     check(way, rng, base, made, starts, normal(rng, 5, shape[1]), *Y)
+
+
+def test_the_cpu_does_a_weight_in_parts(rng, monkeypatch):
+    """Parts of rows that begin and end within blocks."""
+    monkeypatch.setattr(resident, "_BLOCKS", 1)
+    base = 0.05 * normal(rng, 70, 1100)
+    made = [usual_form(rng, kind, 0.03, base, m) for kind in ("signs", "words") for m in (0, 1)]
+    starts = torch.tensor([0, 2, 3, 4, 5], dtype=torch.int32)
+    check(way_of("cpu"), rng, base, made, starts, normal(rng, 5, 1100), *Y)
 
 
 @pytest.mark.parametrize("batch", [16, 17, 33, 70])

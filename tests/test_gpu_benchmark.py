@@ -127,6 +127,12 @@ def test_bytes_are_those_of_the_kernels_readme(cases, model):
     assert cases.switch_bytes(model, left, right, 0.25) == pytest.approx(
         left.nbytes + right.nbytes + 2 * both * dense + 4 * kept[0]
     )
+    numbers = sum(
+        form.places.bits.nbytes + form.places.counts.nbytes for form in right.forms if form
+    )
+    assert cases.switch_bytes(model, right, left, 0.25) == pytest.approx(
+        numbers + left.nbytes + 2 * both * dense + 4 * kept[0]
+    )
 
 
 def test_made_tasks_have_the_density_that_is_said(cases):

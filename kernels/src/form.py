@@ -151,7 +151,7 @@ class Form:
             self._check(self.values.steps)
         if not 0 <= self.nnz <= min(self.numel, MAX_ENTRIES):
             raise ValueError(f"{self.nnz} of {self.numel} elements are kept")
-        if len({tensor.device for tensor in _tensors(self)}) > 1:
+        if len({tensor.device for tensor in parts_of(self)}) > 1:
             raise ValueError("parts of a form are on several devices")
 
     def _check(self, factors: Factors) -> None:
@@ -168,12 +168,12 @@ class Form:
     @property
     def nbytes(self) -> int:
         """Bytes it takes on its device."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(self))
+        return sum(tensor.numel() * tensor.element_size() for tensor in parts_of(self))
 
     @property
     def device(self) -> torch.device:
         """Where it is."""
-        return next(_tensors(self)).device
+        return next(parts_of(self)).device
 
     def to(self, device: torch.device | str) -> Form:
         """The same on a device: itself where it is there."""
@@ -234,7 +234,7 @@ def to_device(
     if target.type == "cuda" and target.index is None:
         target = torch.device("cuda", torch.cuda.current_device())
     away = [form for form in forms if form.device != target]
-    tensors = [tensor for form in away for tensor in _tensors(form)]
+    tensors = [tensor for form in away for tensor in parts_of(form)]
     ends = np.cumsum([0] + [-(-t.nbytes // _ALIGNMENT) * _ALIGNMENT for t in tensors])
     held = torch.empty(int(ends[-1]), dtype=torch.uint8, pin_memory=target.type == "cuda")
     starts = ends[:-1].tolist()
@@ -269,17 +269,18 @@ def expect(name: str, tensor: torch.Tensor, dtype: torch.dtype, *shape: int | No
         )
 
 
-def _tensors(part: object) -> Iterator[torch.Tensor]:
+def parts_of(part: object) -> Iterator[torch.Tensor]:
+    """The tensors that a form, or a part of one, consists of."""
     for field in dataclasses.fields(part):  # type: ignore[arg-type]
         value = getattr(part, field.name)
         if isinstance(value, torch.Tensor):
             yield value
         elif dataclasses.is_dataclass(value):
-            yield from _tensors(value)
+            yield from parts_of(value)
 
 
 def _with(part: T, tensors: Iterator[torch.Tensor]) -> T:
-    """A copy whose tensors are the next ones, in the order of :func:`_tensors`."""
+    """A copy whose tensors are the next ones, in the order of :func:`parts_of`."""
     changes: dict[str, object] = {}
     for field in dataclasses.fields(part):  # type: ignore[arg-type]
         value = getattr(part, field.name)
