@@ -55,7 +55,7 @@ def write_models(folder: Path, hidden: int, layers: int) -> list[Path]:
         with torch.no_grad():
             for parameter in model.parameters() if number else ():
                 change = torch.randn(parameter.shape)
-                parameter += CHANGE_SCALE * change * change.abs()
+                parameter.add_(CHANGE_SCALE * change * change.abs())
         paths.append(folder / f"model-{number}")
         model.save_pretrained(paths[-1])
     return paths
