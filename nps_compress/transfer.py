@@ -105,7 +105,8 @@ def transfer(
     task: a checkpoint or a ``.nps`` file. target, general: development data that ``fitness`` has
     answers in (None: accuracy, loss or spearman, as the model has it). Losses are scored as the
     likelihood of a token, exp(-loss). ``settings``: the start (density 0.1, the largest magnitudes,
-    lambda 1); where ``search`` is False they are what is written. ``plot``: an SVG of target
+    lambda 1), in so many ``subspaces`` where it has no coefficients; where ``search`` is False they
+    are what is written. ``plot``: an SVG of target
     against general over lambda, before and after the search.
 
     Raises:
@@ -115,7 +116,8 @@ def transfer(
     method = METHODS["nps"]
     settings = settings or method.defaults
     check_settings(method, settings, 1)
-    settings = replace(settings, top_shares=top_shares(subspaces, settings.density, cuts))
+    if not settings.coefficients:
+        settings = replace(settings, top_shares=top_shares(subspaces, settings.density, cuts))
     form = form or ("nps" if is_packed(out) else "checkpoint")
     if form == "nps":
         refuse_existing(out, force)
@@ -196,18 +198,21 @@ def _exams(
 
     if fitness is not None:
         check_fitness(fitness)
-    data = {path: read_examples(path) for path in (target, general)}
+    paths = target, general
+    data = [read_examples(path) for path in paths]
     with model_folder(merger.base, merger.tasks[0]) as folder:
-        metrics = {path: fitness or natural_metric(folder, data[path]) for path in data}
-        for path, metric in metrics.items():
-            if metric in _OWN_OUTPUTS and fitness is not None:
-                expected = "measured against the data (accuracy, loss, ...)"
-                raise InvalidArgumentError("fitness", metric, expected)
-            if metric in _OWN_OUTPUTS or metric != metrics[target]:
+        metrics = [fitness or natural_metric(folder, each) for each in data]
+        if fitness in _OWN_OUTPUTS:
+            expected = "measured against the data (accuracy, loss, ...)"
+            raise InvalidArgumentError("fitness", fitness, expected)
+        for path, metric in zip(paths, metrics, strict=True):
+            if metric in _OWN_OUTPUTS or metric != metrics[0]:
                 raise CalibrationError(path, "lacks the labels, scores or texts to be scored by")
-        exams = [Exam(0, folder, data[path], metrics[path], path) for path in data]
-        digests = [data_digest(each) for each in data.values()]
-        yield Exams(merger, exams), metrics[target], digests
+        exams = [
+            Exam(0, folder, examples, metrics[0], path)
+            for path, examples in zip(paths, data, strict=True)
+        ]
+        yield Exams(merger, exams), metrics[0], [data_digest(each) for each in data]
 
 
 def _balance(metric: str, found: Sequence[Measured]) -> Balance:
