@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nps_compress.bank import BankMetrics, TaskBank, TaskInfo
     from nps_compress.bundle import Bundle, BundledTask
     from nps_compress.bundle import add as add_to_bundle
     from nps_compress.bundle import extract as extract_from_bundle
@@ -35,10 +36,12 @@ if TYPE_CHECKING:
         RecipeError,
         RetainError,
         SearchInterruptedError,
+        TaskBankError,
         WriteError,
     )
     from nps_compress.inspection import inspect
     from nps_compress.packing import PackReport, pack
+    from nps_compress.pretrained import from_pretrained
     from nps_compress.recipe import Recipe
     from nps_compress.reconstruct import Task, rebuild
     from nps_compress.report import Quality
@@ -50,6 +53,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "BankMetrics": "bank",
     "BaseMismatchError": "errors",
     "BenchmarkError": "errors",
     "Bundle": "bundle",
@@ -73,12 +77,16 @@ _HOME = {
     "SearchInterruptedError": "errors",
     "SearchOptions": "searching",
     "Task": "reconstruct",
+    "TaskBank": "bank",
+    "TaskBankError": "errors",
+    "TaskInfo": "bank",
     "UnpackReport": "unpacking",
     "VerifyReport": "unpacking",
     "WriteError": "errors",
     "add_to_bundle": "bundle.add",
     "export_sparse": "sparse_safetensors",
     "extract_from_bundle": "bundle.extract",
+    "from_pretrained": "pretrained",
     "import_sparse": "sparse_safetensors",
     "inspect": "inspection",
     "inspect_bundle": "bundle.inspect",

@@ -12,6 +12,7 @@
     ├── RetainError               no density keeps the share of quality that was asked for
     ├── FormatError               a .nps file breaks a rule of format_spec/SPEC.md
     ├── BaseMismatchError         the base is not the one the task was packed against
+    ├── TaskBankError             a task bank can't do what was asked
     ├── BenchmarkError            what was measured is not what the file promises
     ├── OutputExistsError         the output is there already
     ├── OutputTooLargeError       the output would exceed a limit or the free space
@@ -101,6 +102,10 @@ class BaseMismatchError(NpsError):
         super().__init__(
             f"{base} is not the base this task was made from ({made_from}): {what} {difference}"
         )
+
+
+class TaskBankError(NpsError):
+    """A task bank can't do what was asked; the task that was active still is."""
 
 
 class BenchmarkError(NpsError):

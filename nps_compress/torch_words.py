@@ -38,6 +38,11 @@ def dtype_of(tensor: torch.Tensor) -> DType:
     return BY_NAME[_NAMES[tensor.dtype]]
 
 
+def torch_dtype(dtype: DType) -> torch.dtype:
+    """torch's own for an element type."""
+    return _TORCH_DTYPES[dtype.name]
+
+
 def words_of(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor's bit patterns, flat. -> [numel] int8, int16, int32 or int64, sharing memory."""
     return tensor.detach().contiguous().reshape(-1).view(_SIGNED[tensor.element_size()])

@@ -105,7 +105,7 @@ def unpack(
         check_layout(task_, base_, task_.reader.tensors)
         nbytes = sum(_nbytes(entry) for entry in task_.reader.tensors)
         refuse_too_large(out, nbytes, max_bytes)
-        side_files = dict(_side_files(task_, base_))
+        side_files = dict(side_files_of(task_, base_))
         shards = _shards(task_.reader.tensors, max_shard_bytes)
         with (
             atomic_directory(out, force, _is_ours) as folder,
@@ -160,7 +160,7 @@ def verify(
             raise _mismatch(
                 task_, base_, f"tensor {extra[0]!r}", "is not in the base the task was made from"
             )
-        difference = _first_difference(task_, base_, progress)
+        difference = first_difference(task_, base_, progress)
         if difference:
             raise difference
         with bar(len(reader.tensors), "verifying", "tensor", progress) as advance:
@@ -169,7 +169,7 @@ def verify(
                 digests[entry.name] = found
                 on_tensor(entry)
                 advance()
-        files = dict(_side_files(task_, base_))
+        files = dict(side_files_of(task_, base_))
         check_content(task_, base_, digests, files)
         known = sum(1 for name in files if name in SIDE_FILES)
         return _report(reader, len(reader.base), known, with_base=True)
@@ -214,7 +214,7 @@ def rebuilt(
     def run(entry: TensorEntry) -> tuple[Words, bool]:
         base_name = task.base_tensor_name(entry.name)
         before = base.read(base_name) if base_name else None
-        with _right_base(task, base):
+        with right_base(task, base):
             words = task.rebuild_words(entry.name, before)
         return words, task.matches(entry.name, words)
 
@@ -223,7 +223,7 @@ def rebuilt(
     done = bounded_map(run, entries, _nbytes, 2 * largest + MEMORY_SLACK)
     for entry, (words, matches) in zip(entries, done, strict=True):
         if not matches:
-            raise _first_difference(task, base) or task.damaged(entry.name)
+            raise first_difference(task, base) or task.damaged(entry.name)
         yield entry, words
 
 
@@ -245,7 +245,7 @@ def rebuild_each(
         base_name = task.base_tensor_name(entry.name)
         before = base.tensors[base_name].read_into if base_name else None
         found = blake3()
-        with _right_base(task, base), _opened(places, entry.name) as stream:
+        with right_base(task, base), _opened(places, entry.name) as stream:
             for words in task.pieces(entry.name, before):
                 found.update(octets(words))
                 if stream:
@@ -257,17 +257,17 @@ def rebuild_each(
     done = bounded_map(run, ordered, lambda entry: 1, 4 * workers())
     for entry, found in zip(ordered, done, strict=True):
         if not found.startswith(entry.digest):
-            raise _first_difference(task, base) or task.damaged(entry.name)
+            raise first_difference(task, base) or task.damaged(entry.name)
         yield entry, found
 
 
 @contextlib.contextmanager
-def _right_base(task: Task, base: Checkpoint) -> Iterator[None]:
+def right_base(task: Task, base: Checkpoint) -> Iterator[None]:
     """Say that the base is another one where that is why a tensor does not decode."""
     try:
         yield
     except FormatError as error:  # distances don't decode with another base
-        raise _first_difference(task, base) or error from None
+        raise first_difference(task, base) or error from None
 
 
 @contextlib.contextmanager
@@ -298,7 +298,7 @@ def check_content(
     side_files = [replace(file, digest=blake3(files[file.name]).digest()) for file in reader.files]
     if content_digest(tensors, side_files) != reader.content_digest:
         detail = "all together, the tensors and files don't have the digest that was promised"
-        raise _first_difference(task, base) or FormatError("D-CONTENT", detail, reader.path)
+        raise first_difference(task, base) or FormatError("D-CONTENT", detail, reader.path)
 
 
 def check_layout(task: Task, base: Checkpoint, entries: Iterable[TensorEntry]) -> None:
@@ -319,7 +319,7 @@ def check_layout(task: Task, base: Checkpoint, entries: Iterable[TensorEntry]) -
             )
 
 
-def _first_difference(
+def first_difference(
     task: Task, base: Checkpoint, progress: bool = False
 ) -> BaseMismatchError | None:
     """The first base tensor, by name, that is missing or has other values."""
@@ -350,7 +350,7 @@ def _mismatch(task: Task, base: Checkpoint, what: str, difference: str) -> BaseM
     return BaseMismatchError(base.path, what, difference, task.base_name)
 
 
-def _side_files(task: Task, base: Checkpoint) -> Iterator[tuple[str, bytes]]:
+def side_files_of(task: Task, base: Checkpoint) -> Iterator[tuple[str, bytes]]:
     """Side files of the fine-tune that could be read, perhaps under names never to be written."""
     for entry in task.reader.files:
         if entry.op is Op.NEW:

@@ -76,6 +76,10 @@ ORDER = [
     "encoding",
     "packing",
     "unpacking",
+    "lazy",
+    "pretrained",
+    "resident_model",
+    "bank",
     "bundle",
     "sparse_safetensors",
     "inspection",
@@ -100,13 +104,14 @@ ONLY_IN = {
     "click": {"cli"},
     "tqdm": {"_progress"},
     "numba": {"_jit"},
-    "transformers": {"adapters", "models"},
+    "transformers": {"adapters", "models", "pretrained"},
     "PIL": {"images"},
     "huggingface_hub": {"checkpoint"},
     "safetensors": {"checkpoint"},
     "torch": {
         *("kernels", "torch_words", "batches", "adapters", "models", "divergence", "fitness"),
-        *("importance", "resident", "reconstruct", "live", "evaluator"),
+        *("importance", "resident", "reconstruct", "live", "evaluator", "lazy"),
+        *("resident_model", "bank"),
     },
 }
 
@@ -152,6 +157,7 @@ def test_imports_only_go_down(module):
 
 def test_public_names_are_locked():
     assert nps_compress.__all__ == [
+        "BankMetrics",
         "BaseMismatchError",
         "BenchmarkError",
         "Bundle",
@@ -175,12 +181,16 @@ def test_public_names_are_locked():
         "SearchInterruptedError",
         "SearchOptions",
         "Task",
+        "TaskBank",
+        "TaskBankError",
+        "TaskInfo",
         "UnpackReport",
         "VerifyReport",
         "WriteError",
         "add_to_bundle",
         "export_sparse",
         "extract_from_bundle",
+        "from_pretrained",
         "import_sparse",
         "inspect",
         "inspect_bundle",
