@@ -14,6 +14,7 @@ import click
 from nps_compress import __version__
 from nps_compress.bench.shapes import MODELS
 from nps_compress.errors import NpsError, SearchInterruptedError
+from nps_compress.serve.command import serve
 
 if TYPE_CHECKING:
     from nps_compress.bench.results import Report
@@ -707,6 +708,9 @@ def bench(
         _print_json(report.to_dict())
     else:
         _print_bench(report)
+
+
+main.add_command(serve)
 
 
 @main.group()
