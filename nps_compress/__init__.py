@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from nps_compress.inspection import inspect
     from nps_compress.packing import PackReport, pack
     from nps_compress.pretrained import from_pretrained
+    from nps_compress.quantizer import NPSConfig
     from nps_compress.recipe import Recipe
     from nps_compress.reconstruct import Task, rebuild
     from nps_compress.report import Quality
@@ -64,6 +65,7 @@ _HOME = {
     "FitnessError": "errors",
     "FormatError": "errors",
     "InvalidArgumentError": "errors",
+    "NPSConfig": "quantizer",
     "NpsError": "errors",
     "OutOfMemoryError": "errors",
     "OutputExistsError": "errors",

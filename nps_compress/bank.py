@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import threading
 import time
 from collections import OrderedDict, deque
@@ -23,7 +22,7 @@ from nps_compress.errors import (
     TaskBankError,
 )
 from nps_compress.lazy import LazyTensors, base_tensors, base_under_names_of
-from nps_compress.pretrained import config_difference, load
+from nps_compress.pretrained import config_difference, load, parsed_config
 from nps_compress.reconstruct import Task
 from nps_compress.resident_model import ResidentModel, ResidentTask, TaskForms
 from nps_compress.unpacking import open_task, side_files_of
@@ -449,17 +448,10 @@ class TaskBank:
 
     def _config(self, task: Task) -> Mapping[str, Any] | None:
         """The fine-tune's config. Raises CheckpointError: it is not one of the bank's model."""
-        data = dict(side_files_of(task, self._resident.checkpoint)).get("config.json")
-        if data is None:
+        files = dict(side_files_of(task, self._resident.checkpoint))
+        config = parsed_config(files, task.reader.path)
+        if config is None:
             return None
-        try:
-            config = json.loads(data)
-            if not isinstance(config, dict):
-                raise ValueError("not an object")
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(
-                task.reader.path, f"has no JSON in config.json ({error})"
-            ) from None
         difference = config_difference(self.model, config)
         if difference:
             raise CheckpointError(task.reader.path, f"is of another model: {difference}")

@@ -17,7 +17,7 @@ import torch
 from nps_compress import torch_words
 from nps_compress.checkpoint import Checkpoint, open_checkpoint
 from nps_compress.dtypes import DType, Words, digest
-from nps_compress.errors import CheckpointError, NpsError
+from nps_compress.errors import NpsError
 from nps_compress.format.records import TensorEntry
 from nps_compress.unpacking import (
     check_content,
@@ -165,10 +165,3 @@ def base_under_names_of(tensors: LazyTensors) -> dict[str, LazyTensor]:
         alike = before is not None and (before.shape, before.dtype) == (tensor.shape, tensor.dtype)
         found[name] = before if before is not None and alike else tensor
     return found
-
-
-def config_of(side_files: Mapping[str, bytes], source: Path | str) -> bytes:
-    """The bytes of config.json. Raises CheckpointError: there is none."""
-    if "config.json" not in side_files:
-        raise CheckpointError(source, "holds no config.json, so that no model can be made of it")
-    return side_files["config.json"]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from nps_compress.errors import CheckpointError, InvalidArgumentError, NpsError
-from nps_compress.lazy import LazyTensor, LazyTensors, config_of
+from nps_compress.lazy import LazyTensor, LazyTensors
 
 _OURS = ("state_dict", "gguf_file", "subfolder", "variant")  # which file the weights are in
 
@@ -35,7 +36,7 @@ def from_pretrained(
         base. InvalidArgumentError: no such task, or an argument that names other weights.
     """
     for name in _OURS:
-        if hf_kwargs.get(name):
+        if hf_kwargs.get(name) is not None:
             raise InvalidArgumentError(name, hf_kwargs[name], "left out: the task says it")
     with LazyTensors(base, task) as tensors:
         try:
@@ -64,7 +65,11 @@ def load(
     """
     with tempfile.TemporaryDirectory(prefix="nps-compress-") as name:
         folder = Path(name)
-        (folder / "config.json").write_bytes(config_of(side_files, source))
+        if "config.json" not in side_files:
+            raise CheckpointError(
+                source, "holds no config.json, so that no model can be made of it"
+            )
+        (folder / "config.json").write_bytes(side_files["config.json"])
         if "generation_config.json" in side_files:
             path = folder / "generation_config.json"
             path.write_bytes(side_files["generation_config.json"])
@@ -156,28 +161,55 @@ _NOT_THE_MODEL = frozenset(
 )
 
 
-def config_difference(model: Any, config: Mapping[str, Any]) -> str | None:
+def parsed_config(side_files: Mapping[str, bytes], source: Path | str) -> Mapping[str, Any] | None:
+    """The object in config.json, None where there is none. Raises CheckpointError: not JSON."""
+    if "config.json" not in side_files:
+        return None
+    try:
+        config = json.loads(side_files["config.json"])
+        if not isinstance(config, dict):
+            raise ValueError("not an object")
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(source, f"has no JSON in config.json ({error})") from None
+    return config
+
+
+def config_difference(
+    model: Any, config: Mapping[str, Any], ignored: Collection[str] = ()
+) -> str | None:
     """Why a fine-tune's config.json is not of a model in memory: None where it may be.
 
-    model: of transformers, else there is nothing to compare; config: as parsed from JSON.
+    model: of transformers, else there is nothing to compare; config: as parsed from JSON;
+    ignored: keys that may differ beside those that never say what a model computes.
     """
     own = getattr(model, "config", None)
     if own is None or not hasattr(own, "to_diff_dict"):
         return None
-    names = config.get("architectures") or [type(model).__name__]
-    if type(model).__name__ not in names:
-        return f"its architecture is {names[0]}, the model's {type(model).__name__}"
+    name, names = type(model).__name__, config.get("architectures")
+    if names and (not isinstance(names, list) or name not in names):
+        shown = names[0] if isinstance(names, list) else names
+        return f"its architecture is {shown}, the model's {name}"
     if config.get("model_type") != own.model_type:
         return f"its model_type is {config.get('model_type')!r}, the model's {own.model_type!r}"
     try:
         wanted = type(own).from_dict(dict(config)).to_dict()
     except Exception as error:  # transformers raises whatever a broken config leads to
         return f"its config.json can't be read ({' '.join(str(error).split())[:300]})"
-    found = own.to_dict()
-    ignored = set(_NOT_THE_MODEL)
-    if not type(model).__name__.endswith("ForSequenceClassification"):  # those look for padding
+    ignored = {*_NOT_THE_MODEL, *ignored}
+    if not name.endswith("ForSequenceClassification"):  # those look for padding
         ignored.add("pad_token_id")
-    for key in sorted(wanted.keys() | found.keys()):
-        if key not in ignored and wanted.get(key) != found.get(key):
-            return f"its {key} is {wanted.get(key)!r}, the model's {found.get(key)!r}"
+    return _first_difference(wanted, own.to_dict(), ignored)
+
+
+def _first_difference(
+    wanted: Mapping[str, Any], found: Mapping[str, Any], ignored: set[str]
+) -> str | None:
+    for key in sorted((wanted.keys() | found.keys()) - ignored, key=str):
+        ours, others = wanted.get(key), found.get(key)
+        if isinstance(ours, Mapping) and isinstance(others, Mapping):
+            inner = _first_difference(ours, others, ignored)
+            if inner:
+                return inner
+        elif ours != others:
+            return f"its {key} is {ours!r:.100}, the model's {others!r:.100}"
     return None

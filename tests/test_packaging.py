@@ -78,6 +78,7 @@ ORDER = [
     "unpacking",
     "lazy",
     "pretrained",
+    "quantizer",
     "resident_model",
     "bank",
     "bundle",
@@ -127,14 +128,15 @@ ONLY_IN = {
     "prometheus_client": {"serve.metrics"},
     "tqdm": {"_progress"},
     "numba": {"_jit"},
-    "transformers": {"adapters", "models", "pretrained", "serve.decoding"},
+    "transformers": {"adapters", "models", "pretrained", "quantizer", "serve.decoding"},
     "PIL": {"images"},
     "huggingface_hub": {"checkpoint"},
     "safetensors": {"checkpoint"},
     "torch": {
         *("kernels", "torch_words", "batches", "adapters", "models", "divergence", "fitness"),
         *("importance", "resident", "reconstruct", "live", "evaluator", "lazy"),
-        *("resident_model", "bank", "serve.sampling", "serve.decoding", "serve.engine"),
+        *("quantizer", "resident_model", "bank"),
+        *("serve.sampling", "serve.decoding", "serve.engine"),
     },
 }
 
@@ -191,6 +193,7 @@ def test_public_names_are_locked():
         "FitnessError",
         "FormatError",
         "InvalidArgumentError",
+        "NPSConfig",
         "NpsError",
         "OutOfMemoryError",
         "OutputExistsError",
