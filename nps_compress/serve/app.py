@@ -141,6 +141,7 @@ def create_app(
     if may_load:
         app.post("/v1/load_lora_adapter")(server.load)
         app.post("/v1/unload_lora_adapter")(server.unload)
+    app.state.engine = engine
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 

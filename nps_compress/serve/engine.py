@@ -196,8 +196,24 @@ class Engine:
                         if self._calls or self._stopping or self._scheduler.turn() != (task,):
                             return
         except NpsError as error:
+            if isinstance(error, TaskBankError) and self._leave_task():
+                return  # there may be room without the task that was active: the turn goes on
             log.error("task %r can't be used: %s", task, error)
             self._fail_all(task, _unusable(error))
+        except Exception:  # the thread must outlive whatever it is
+            log.exception("task %r can't be used", task)
+            self._fail_all(task, RequestError(500, "the server failed; see its log"))
+
+    def _leave_task(self) -> bool:
+        """Go back to the base. -> whether another task was active until now."""
+        if self.bank.active is None:
+            return False
+        try:
+            self.bank.deactivate()
+        except NpsError as error:
+            log.error("the base can't be restored: %s", error)
+            return False
+        return True
 
     def _prefetch_next(self) -> None:
         """Load whose turn is next from disk, while this one's lasts."""

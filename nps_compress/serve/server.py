@@ -125,7 +125,7 @@ def run(settings: Settings, tell: Callable[[str], Any]) -> None:
         InvalidArgumentError: there is no listening on this host and port. NpsError: as
         :func:`build`.
     """
-    with _bound(settings.host, settings.port) as listener:
+    with bound(settings.host, settings.port) as listener:
         app = build(settings)
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
@@ -141,9 +141,9 @@ def run(settings: Settings, tell: Callable[[str], Any]) -> None:
             timeout_graceful_shutdown=max(1, round(settings.grace)),
         )
         count = len(settings.tasks)
-        tell(f"serving {settings.base} and {count} tasks on http://{shown}:{port}")
+        what = f"serving {settings.base} and {count} task{'s' * (count != 1)}"
         with _ending_quietly():
-            uvicorn.Server(config).run(sockets=[listener])
+            _Server(config, lambda: tell(f"{what} on http://{shown}:{port}")).run([listener])
 
 
 def api_key(path: Path | None, environment: Mapping[str, str]) -> str | None:
@@ -172,7 +172,7 @@ def api_key(path: Path | None, environment: Mapping[str, str]) -> str | None:
     return found
 
 
-def _bound(host: str, port: int) -> socket.socket:
+def bound(host: str, port: int) -> socket.socket:
     """A socket that has the address; nobody can connect until it listens."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -192,6 +192,19 @@ def _bound(host: str, port: int) -> socket.socket:
         raise InvalidArgumentError(
             "--host and --port", f"{host}:{port}", f"an address to listen on ({why})"
         ) from None
+
+
+class _Server(uvicorn.Server):
+    """Says when it answers."""
+
+    def __init__(self, config: uvicorn.Config, on_start: Callable[[], Any]) -> None:
+        super().__init__(config)
+        self._on_start = on_start
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._on_start()
 
 
 @contextlib.contextmanager
