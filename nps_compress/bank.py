@@ -197,6 +197,7 @@ class TaskBank:
         *,
         device_bytes: int | None = None,
         host_bytes: int | None = None,
+        device: Any = None,
         model_class: Any = None,
         **hf_kwargs: Any,
     ) -> TaskBank:
@@ -204,8 +205,9 @@ class TaskBank:
 
         The model has the architecture and config of the first task, so that a base without a head
         serves tasks with heads; a tensor that only fine-tunes have is the first task's until
-        another one is active. Without tasks it is the base's own. model_class, hf_kwargs: as for
-        :func:`nps_compress.from_pretrained`.
+        another one is active. Without tasks it is the base's own. device: where the whole model is
+        moved to, as torch names it; ``device_map`` among hf_kwargs splits it, and needs accelerate.
+        model_class, hf_kwargs: as for :func:`nps_compress.from_pretrained`.
 
         Raises:
             What :func:`nps_compress.from_pretrained`, the constructor and :meth:`add` raise.
@@ -222,6 +224,17 @@ class TaskBank:
         else:
             side_files = {name: checkpoint.read_side_file(name) for name in checkpoint.side_files}
             model = load(base_tensors(checkpoint), side_files, base, model_class, **hf_kwargs)
+        if device is not None:
+            try:
+                model.to(device)
+            except (
+                RuntimeError,
+                AssertionError,
+            ) as error:  # as torch says it, also where it is full
+                why = str(error).splitlines()[0]
+                raise InvalidArgumentError(
+                    "device", str(device), f"one with room ({why})"
+                ) from None
         bank = cls(model, base, device_bytes=device_bytes, host_bytes=host_bytes)
         for name, path in named.items():
             bank.add(path, name)

@@ -20,6 +20,7 @@ from nps_compress.commands.shared import output as _out
 from nps_compress.commands.shared import print_json as _print_json
 from nps_compress.commands.shared import print_table as _print_table
 from nps_compress.errors import NpsError, SearchInterruptedError
+from nps_compress.serve.command import serve
 
 if TYPE_CHECKING:
     from nps_compress.bench.results import Report
@@ -707,6 +708,9 @@ def bench(
         _print_json(report.to_dict())
     else:
         _print_bench(report)
+
+
+main.add_command(serve)
 
 
 @main.group()

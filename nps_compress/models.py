@@ -40,7 +40,22 @@ def kind_of(folder: Path) -> Kind:
     Raises:
         CheckpointError: none that a fitness can use.
     """
-    return _kind(folder, _config(folder))[0]
+    return _kind(folder, load_config(folder))[0]
+
+
+def load_config(folder: Path) -> Any:
+    """What config.json of a folder says, as transformers reads it.
+
+    Raises:
+        CheckpointError: there is none, or it can't be read.
+    """
+    from transformers import AutoConfig
+
+    try:
+        with quiet_transformers():
+            return AutoConfig.from_pretrained(folder)
+    except Exception as error:  # as for load_model
+        raise _not_loadable(folder, error) from error
 
 
 def load_model(folder: Path) -> LoadedModel:
@@ -49,7 +64,7 @@ def load_model(folder: Path) -> LoadedModel:
     Raises:
         CheckpointError: the folder can't be loaded, or lacks a tokenizer.
     """
-    config = _config(folder)
+    config = load_config(folder)
     kind, model_class = _kind(folder, config)
     tokenizer = images = None
     try:
@@ -76,6 +91,22 @@ def load_model(folder: Path) -> LoadedModel:
     if tokenizer is None:
         return Image(folder, kind, model, images)
     return Text(folder, kind, model, tokenizer)
+
+
+def load_tokenizer(folder: Path, kind: Kind) -> Any:
+    """The tokenizer of a folder, with a padding token.
+
+    Raises:
+        CheckpointError: there is none, or it can't be loaded.
+    """
+    config = load_config(folder)
+    try:
+        with quiet_transformers():
+            return _tokenizer(folder, kind, config)
+    except NpsError:
+        raise
+    except Exception as error:  # as for load_model
+        raise _not_loadable(folder, error) from error
 
 
 def by_file_name(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -112,16 +143,6 @@ def running(folder: Path) -> Iterator[None]:
         raise
     except Exception as error:  # out of memory, an embedding that lacks a token, and so on
         raise CheckpointError(folder, f"can't be run on the examples ({_line(error)})") from error
-
-
-def _config(folder: Path) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        with quiet_transformers():
-            return AutoConfig.from_pretrained(folder)
-    except Exception as error:  # as for load_model
-        raise _not_loadable(folder, error) from error
 
 
 def _kind(folder: Path, config: Any) -> tuple[Kind, Any]:
@@ -164,7 +185,8 @@ def _tokenizer(folder: Path, kind: Kind, config: Any) -> Any:
     options = {}
     if kind == "token" and config.model_type in _WORDS_NEED_A_SPACE:
         options = {"add_prefix_space": True}  # each word is tokenized as if in a text
-    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    # False: refuse code of the folder's own, rather than ask on the terminal whether to run it.
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
     if kind == "token" and not tokenizer.is_fast:
         raise CheckpointError(folder, "has a tokenizer that doesn't tell pieces of words apart")
     if tokenizer.pad_token is None:  # any token will do: padding is masked

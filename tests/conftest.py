@@ -192,3 +192,11 @@ def _write_calibration(folder: Path, labels: int) -> Path:
         lines.append(json.dumps(row))
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+@pytest.fixture(scope="session")
+def causal_world(tmp_path_factory: pytest.TempPathFactory) -> object:
+    """A tiny language model and tasks of it, to be served; nobody may change the files."""
+    import serving
+
+    return serving.causal_world(tmp_path_factory.mktemp("causal"))

@@ -1,0 +1,1 @@
+"""An HTTP server for many fine-tunes of one base, in the shape of OpenAI's API."""
