@@ -6,8 +6,8 @@
 Three text fine-tunes without their heads, so that all models are of the base's architecture.
 mergekit works in float32 and rounds to bfloat16, as we do, and trims within each tensor: ours is
 told so. ``equal`` is the share of weights with the same bits, ``apart`` the norm of the difference
-over that of the change. Both leave open which of equal magnitudes at the threshold of TIES are
-kept. DARE's draws differ, and mergekit rescales to the L1 norm of the tensor instead of by
+over that of the change, ``at_threshold`` the share of differing weights where some task's change is
+within a thousandth of where it is trimmed: which of equal magnitudes are kept is open. DARE's draws differ, and mergekit rescales to the L1 norm of the tensor instead of by
 1 / density, so that what can be compared are statistics: the share of weights that change, and how
 far the change goes along the sum of the task vectors (1: as far as task arithmetic).
 """
@@ -50,6 +50,12 @@ CASES = (
         Settings(density=0.2, prune="magnitude", scope="tensor"),
         "ties",
         {"density": 0.2, "normalize": True, "rescale": False, "lambda": 1.0},
+    ),
+    Case(
+        "ties",
+        Settings(density=1.0, prune="magnitude", scope="tensor"),
+        "ties",
+        {"density": 1.0, "normalize": True, "rescale": False, "lambda": 1.0},
     ),
     Case(
         "dare",
@@ -99,10 +105,11 @@ def main() -> None:
             )
             models.append(folder)
         before = {name: t.float() for name, t in load_file(base / "model.safetensors").items()}
-        total = {name: -len(models) * tensor for name, tensor in before.items()}
-        for model in models:
-            for name, tensor in load_file(model / "model.safetensors").items():
-                total[name] = total[name] + tensor.float()
+        tuned = [load_file(model / "model.safetensors") for model in models]
+        taus = {
+            name: torch.stack([each[name].float() - start for each in tuned])
+            for name, start in before.items()
+        }
         for number, case in enumerate(CASES):
             folder = root / str(number)
             folder.mkdir()
@@ -110,7 +117,7 @@ def main() -> None:
             ours = load_file(folder / "ours" / "model.safetensors")
             other = theirs(case, base, models, folder / "theirs.safetensors")
             assert ours.keys() == other.keys(), ours.keys() ^ other.keys()
-            row = compare(before, total, ours, other, case)
+            row = compare(before, taus, ours, other, case)
             print(row, flush=True)
             found.append(row)
     path = rows.save("mergekit", found)
@@ -120,24 +127,30 @@ def main() -> None:
 
 def compare(
     before: Mapping[str, torch.Tensor],
-    total: Mapping[str, torch.Tensor],
+    taus: Mapping[str, torch.Tensor],
     ours: Mapping[str, torch.Tensor],
     other: Mapping[str, torch.Tensor],
     case: Case,
 ) -> dict[str, object]:
-    numel = equal = 0
+    numel = equal = near = 0
     apart = size = squares = 0.0
     changed, along = [0, 0], [0.0, 0.0]
     for name, start in before.items():
         mine, yours = ours[name].float(), other[name].float()
+        total = taus[name].sum(0)
         numel += start.numel()
         equal += int((mine == yours).sum())
+        sizes = taus[name].abs()
+        count = max(1, int(case.settings.density * start.numel()))
+        limits = sizes.flatten(1).topk(count).values[:, -1].view(-1, *[1] * start.dim())
+        is_near = ((sizes - limits).abs() <= 1e-3 * limits).any(0)
+        near += int((is_near & (mine != yours)).sum())
         apart += float((mine - yours).square().sum(dtype=torch.float64))
         size += float((yours - start).square().sum(dtype=torch.float64))
-        squares += float(total[name].square().sum(dtype=torch.float64))
+        squares += float(total.square().sum(dtype=torch.float64))
         for at, each in enumerate((mine, yours)):
             changed[at] += int((each != start).sum())
-            along[at] += float(((each - start) * total[name]).sum(dtype=torch.float64))
+            along[at] += float(((each - start) * total).sum(dtype=torch.float64))
     scale = case.settings.scale or 1.0
     return {
         "method": case.method,
@@ -145,6 +158,9 @@ def compare(
         "lambda": scale,
         "equal": f"{equal / numel:.6f}",
         "apart": f"{(apart / size) ** 0.5:.2e}",
+        "at_threshold": f"{near / (numel - equal):.4f}"
+        if case.method == "ties" and numel > equal
+        else "",
         "changed_ours": f"{changed[0] / numel:.4f}",
         "changed_mergekit": f"{changed[1] / numel:.4f}",
         "along_ours": f"{along[0] / squares / scale:.4f}",
