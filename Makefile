@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 PEERS := benchmarks/peers
 
 .PHONY: help install demo test check format clean bench memory vectors conformance fuzz quality sizes
-.PHONY: storage storage-peers gpu
+.PHONY: storage storage-peers gpu serve-fuzz serving
 
 help:
 	@echo "make demo     pack, verify and unpack a real fine-tune (about 4 minutes on 2 cores)"
@@ -17,6 +17,8 @@ help:
 	@echo "make vectors  write the format's conformance vectors"
 	@echo "make conformance  read every vector with every reader, write format_spec/CONFORMANCE.md"
 	@echo "make fuzz     fuzz reader and codecs, FUZZ_SECONDS each (default 60; Linux)"
+	@echo "make serve-fuzz  send the server thousands of hostile requests, SERVE_REQUESTS of them"
+	@echo "make serving  load test of the server beside what it replaces (about ten minutes)"
 	@echo "make sizes    write the table of the codecs' sizes, tests/sizes.csv"
 	@echo "make quality  quality against bits: baselines and ours on six real fine-tunes (hours)"
 	@echo "make storage  size, encode and decode speed beside every peer (about an hour)"
@@ -82,6 +84,13 @@ FUZZ_SECONDS ?= 60
 fuzz: $(STAMP)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt atheris
 	@$(BIN)/python tests/fuzz/run.py --seconds $(FUZZ_SECONDS)
+
+SERVE_REQUESTS ?= 2000
+serve-fuzz: $(STAMP)
+	@NPS_COMPRESS_SERVE_REQUESTS=$(SERVE_REQUESTS) $(BIN)/python -m pytest tests/test_serve_schema.py
+
+serving: $(STAMP)
+	@$(BIN)/python benchmarks/serving.py
 
 sizes: $(STAMP)
 	@$(BIN)/python tests/sizes.py

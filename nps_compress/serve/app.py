@@ -80,7 +80,17 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     }.items()
 }
 _STREAM: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+    200: {
+        "content": {
+            "text/event-stream": {  # of each event; its data is JSON, at last [DONE]
+                "schema": {
+                    "type": "object",
+                    "properties": {"data": {"type": "string"}},
+                    "required": ["data"],
+                }
+            }
+        }
+    }
 }
 
 
