@@ -80,6 +80,10 @@ ORDER = [
     "sparse_safetensors",
     "inspection",
     "cards",
+    "vllm.arguments",
+    "vllm.stream",
+    "vllm.turns",
+    "vllm.loader",
     "bench.figures",
     "bench.shapes",
     "bench.peers",
@@ -106,8 +110,10 @@ ONLY_IN = {
     "safetensors": {"checkpoint"},
     "torch": {
         *("kernels", "torch_words", "batches", "adapters", "models", "divergence", "fitness"),
-        *("importance", "resident", "reconstruct", "live", "evaluator"),
+        *("importance", "resident", "reconstruct", "live", "evaluator", "vllm.loader"),
+        "vllm.stream",
     },
+    "vllm": {"vllm.loader"},
 }
 
 
