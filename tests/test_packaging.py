@@ -84,6 +84,8 @@ ORDER = [
     "vllm.stream",
     "vllm.turns",
     "vllm.loader",
+    "vllm.switching",
+    "vllm.transfer",
     "bench.figures",
     "bench.shapes",
     "bench.peers",
@@ -111,9 +113,9 @@ ONLY_IN = {
     "torch": {
         *("kernels", "torch_words", "batches", "adapters", "models", "divergence", "fitness"),
         *("importance", "resident", "reconstruct", "live", "evaluator", "vllm.loader"),
-        "vllm.stream",
+        *("vllm.stream", "vllm.switching"),
     },
-    "vllm": {"vllm.loader"},
+    "vllm": {"vllm.loader", "vllm.switching", "vllm.transfer"},
 }
 
 
