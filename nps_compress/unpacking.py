@@ -139,6 +139,27 @@ def unpack(
     return UnpackReport(out, len(task_.entries), nbytes, tuple(written))
 
 
+def unpack_side_files(
+    base: str | Path, task: str | Path, out: str | Path, *, force: bool = False
+) -> tuple[str, ...]:
+    """Write what :func:`unpack` writes beside the weights: configuration and tokenizer.
+
+    -> their names. For engines that rebuild the weights themselves.
+
+    Raises:
+        OutputExistsError, CheckpointError, FormatError, BaseMismatchError, WriteError.
+    """
+    out = Path(out)
+    refuse_unrelated_content(out, force, _is_ours)
+    base_ = open_checkpoint(base)
+    refuse_input_as_output(out, [base_.path, Path(task)])
+    with open_task(task) as task_, atomic_directory(out, force, _is_ours) as folder:
+        files = {name: data for name, data in _side_files(task_, base_) if name in SIDE_FILES}
+        for name, data in files.items():
+            (folder / name).write_bytes(data)
+    return tuple(files)
+
+
 def verify(
     base: str | Path | None,
     task: str | Path,

@@ -107,6 +107,12 @@ ORDER = [
     "sparse_safetensors",
     "inspection",
     "cards",
+    "vllm.arguments",
+    "vllm.stream",
+    "vllm.turns",
+    "vllm.loader",
+    "vllm.switching",
+    "vllm.transfer",
     "bench.figures",
     "bench.shapes",
     "bench.peers",
@@ -161,7 +167,9 @@ ONLY_IN = {
         *("importance", "resident", "reconstruct", "live", "evaluator", "lazy", "merging.exams"),
         *("quantizer", "resident_model", "bank"),
         *("serve.sampling", "serve.decoding", "serve.engine"),
+        *("vllm.loader", "vllm.stream", "vllm.switching"),
     },
+    "vllm": {"vllm.loader", "vllm.switching", "vllm.transfer"},
 }
 
 
