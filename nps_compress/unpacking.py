@@ -150,11 +150,11 @@ def unpack_side_files(
         OutputExistsError, CheckpointError, FormatError, BaseMismatchError, WriteError.
     """
     out = Path(out)
-    refuse_unrelated_content(out, force, _is_ours)
+    refuse_unrelated_content(out, force, is_ours)
     base_ = open_checkpoint(base)
     refuse_input_as_output(out, [base_.path, Path(task)])
-    with open_task(task) as task_, atomic_directory(out, force, _is_ours) as folder:
-        files = {name: data for name, data in _side_files(task_, base_) if name in SIDE_FILES}
+    with open_task(task) as task_, atomic_directory(out, force, is_ours) as folder:
+        files = {name: data for name, data in side_files_of(task_, base_) if name in SIDE_FILES}
         for name, data in files.items():
             (folder / name).write_bytes(data)
     return tuple(files)
