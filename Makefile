@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 PEERS := benchmarks/peers
 
 .PHONY: help install demo test check format clean bench memory vectors conformance fuzz quality sizes
-.PHONY: storage storage-peers
+.PHONY: storage storage-peers fusion transfer
 
 help:
 	@echo "make demo     pack, verify and unpack a real fine-tune (about 4 minutes on 2 cores)"
@@ -19,6 +19,8 @@ help:
 	@echo "make fuzz     fuzz reader and codecs, FUZZ_SECONDS each (default 60; Linux)"
 	@echo "make sizes    write the table of the codecs' sizes, tests/sizes.csv"
 	@echo "make quality  quality against bits: baselines and ours on six real fine-tunes (hours)"
+	@echo "make fusion   fine-tunes merged into one encoder by every method (hours)"
+	@echo "make transfer what a fine-tune learns and forgets, and what transfer keeps (an hour)"
 	@echo "make storage  size, encode and decode speed beside every peer (about an hour)"
 	@echo "make storage-peers  install those peers, each in an environment of its own (5 GB of disk)"
 	@echo "make clean    remove the environment and everything built"
@@ -62,6 +64,12 @@ conformance: $(STAMP)
 
 quality: $(STAMP)
 	@$(BIN)/python benchmarks/quality.py
+
+fusion: $(STAMP)
+	@$(BIN)/python benchmarks/fusion.py
+
+transfer: $(STAMP)
+	@$(BIN)/python benchmarks/transfer.py
 
 storage: $(STAMP)
 	@$(BIN)/python benchmarks/storage.py

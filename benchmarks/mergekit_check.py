@@ -7,9 +7,10 @@ Three text fine-tunes without their heads, so that all models are of the base's 
 mergekit works in float32 and rounds to bfloat16, as we do, and trims within each tensor: ours is
 told so. ``equal`` is the share of weights with the same bits, ``apart`` the norm of the difference
 over that of the change, ``at_threshold`` the share of differing weights where some task's change is
-within a thousandth of where it is trimmed: which of equal magnitudes are kept is open. DARE's draws differ, and mergekit rescales to the L1 norm of the tensor instead of by
-1 / density, so that what can be compared are statistics: the share of weights that change, and how
-far the change goes along the sum of the task vectors (1: as far as task arithmetic).
+within a thousandth of where it is trimmed: which of equal magnitudes are kept is open. DARE's draws
+differ, and mergekit rescales to the L1 norm of the tensor instead of by 1 / density, so that what
+can be compared are statistics: the share of weights that change, and how far the change goes along
+the sum of the task vectors (1: as far as task arithmetic).
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ ORDER = [
     "merging.output",
     "merging.driver",
     "transfer_plot",
-    "transfer",
+    "transferring",
     "sparse_safetensors",
     "inspection",
     "cards",
@@ -186,6 +186,8 @@ def test_public_names_are_locked():
         "FitnessError",
         "FormatError",
         "InvalidArgumentError",
+        "MergeReport",
+        "MergeSettings",
         "NpsError",
         "OutOfMemoryError",
         "OutputExistsError",
@@ -199,6 +201,8 @@ def test_public_names_are_locked():
         "SearchInterruptedError",
         "SearchOptions",
         "Task",
+        "TransferReport",
+        "TuningOptions",
         "UnpackReport",
         "VerifyReport",
         "WriteError",
@@ -208,17 +212,21 @@ def test_public_names_are_locked():
         "import_sparse",
         "inspect",
         "inspect_bundle",
+        "merge",
         "model_card",
         "open",
         "pack",
         "rebuild",
         "remove_from_bundle",
         "search_recipe",
+        "transfer",
         "unpack",
         "verify",
     ]
     for name in nps_compress.__all__:
-        assert getattr(nps_compress, name).__doc__, name
+        first, again = getattr(nps_compress, name), getattr(nps_compress, name)
+        assert first.__doc__, name
+        assert first is again, name  # no module has the name of what it offers
     with pytest.raises(AttributeError):
         nps_compress.no_such_name  # noqa: B018
 
