@@ -6,7 +6,7 @@ PEERS := benchmarks/peers
 VLLM := tests/with_vllm/.env
 
 .PHONY: help install demo test check format clean bench memory vectors conformance fuzz quality sizes
-.PHONY: storage storage-peers gpu serve-fuzz serving test-vllm
+.PHONY: storage storage-peers gpu serve-fuzz serving test-vllm fusion transfer
 
 help:
 	@echo "make demo     pack, verify and unpack a real fine-tune (about 4 minutes on 2 cores)"
@@ -22,6 +22,8 @@ help:
 	@echo "make serving  load test of the server beside what it replaces (about ten minutes)"
 	@echo "make sizes    write the table of the codecs' sizes, tests/sizes.csv"
 	@echo "make quality  quality against bits: baselines and ours on six real fine-tunes (hours)"
+	@echo "make fusion   fine-tunes merged into one encoder by every method (hours)"
+	@echo "make transfer what a fine-tune learns and forgets, and what transfer keeps (an hour)"
 	@echo "make storage  size, encode and decode speed beside every peer (about an hour)"
 	@echo "make storage-peers  install those peers, each in an environment of its own (5 GB of disk)"
 	@echo "make gpu      rebuild, exchange, switch and products of changes on a CUDA GPU, beside other ways"
@@ -67,6 +69,12 @@ conformance: $(STAMP)
 
 quality: $(STAMP)
 	@$(BIN)/python benchmarks/quality.py
+
+fusion: $(STAMP)
+	@$(BIN)/python benchmarks/fusion.py
+
+transfer: $(STAMP)
+	@$(BIN)/python benchmarks/transfer.py
 
 storage: $(STAMP)
 	@$(BIN)/python benchmarks/storage.py

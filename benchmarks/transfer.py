@@ -33,7 +33,7 @@ import rows
 import tasks
 from nps_compress.merging.contract import Settings
 from nps_compress.merging.methods import METHODS
-from nps_compress.transfer import Balance, transfer
+from nps_compress.transferring import Balance, transfer
 from training import Batch, class_measures
 
 RESULT = rows.RESULTS / "transfer.csv"

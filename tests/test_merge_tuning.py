@@ -14,14 +14,14 @@ from safetensors.torch import load_file, save_file
 from test_cli import fails, ok
 
 import nps_compress
-import nps_compress.transfer
+import nps_compress.transferring
 from nps_compress.errors import CalibrationError, InvalidArgumentError, SearchInterruptedError
 from nps_compress.merging import exams, tuning
 from nps_compress.merging.contract import Settings
 from nps_compress.merging.driver import merge
 from nps_compress.merging.tuning import TuningOptions
 from nps_compress.models import load_model
-from nps_compress.transfer import Balance, transfer
+from nps_compress.transferring import Balance, transfer
 
 FEW = TuningOptions(2, 3)
 
@@ -29,7 +29,7 @@ FEW = TuningOptions(2, 3)
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     monkeypatch.setattr(tuning, "SCALE_GENERATIONS", 1)
-    monkeypatch.setattr(nps_compress.transfer, "LAMBDAS", (0.0, 1.0))
+    monkeypatch.setattr(nps_compress.transferring, "LAMBDAS", (0.0, 1.0))
 
 
 @pytest.fixture

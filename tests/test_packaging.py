@@ -103,7 +103,7 @@ ORDER = [
     "merging.output",
     "merging.driver",
     "transfer_plot",
-    "transfer",
+    "transferring",
     "sparse_safetensors",
     "inspection",
     "cards",
@@ -225,6 +225,8 @@ def test_public_names_are_locked():
         "FitnessError",
         "FormatError",
         "InvalidArgumentError",
+        "MergeReport",
+        "MergeSettings",
         "NPSConfig",
         "NpsError",
         "OutOfMemoryError",
@@ -242,6 +244,8 @@ def test_public_names_are_locked():
         "TaskBank",
         "TaskBankError",
         "TaskInfo",
+        "TransferReport",
+        "TuningOptions",
         "UnpackReport",
         "VerifyReport",
         "WriteError",
@@ -252,17 +256,21 @@ def test_public_names_are_locked():
         "import_sparse",
         "inspect",
         "inspect_bundle",
+        "merge",
         "model_card",
         "open",
         "pack",
         "rebuild",
         "remove_from_bundle",
         "search_recipe",
+        "transfer",
         "unpack",
         "verify",
     ]
     for name in nps_compress.__all__:
-        assert getattr(nps_compress, name).__doc__, name
+        first, again = getattr(nps_compress, name), getattr(nps_compress, name)
+        assert first.__doc__, name
+        assert first is again, name  # no module has the name of what it offers
     with pytest.raises(AttributeError):
         nps_compress.no_such_name  # noqa: B018
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from nps_compress.merging.contract import Settings
     from nps_compress.merging.driver import Form, MergeReport
     from nps_compress.merging.tuning import TuningOptions
-    from nps_compress.transfer import TransferReport
+    from nps_compress.transferring import TransferReport
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -281,7 +281,7 @@ def transfer(
         --plot law2.svg
     """
     from nps_compress.merging.methods import METHODS as KNOWN
-    from nps_compress.transfer import transfer as run
+    from nps_compress.transferring import transfer as run
 
     report = run(
         base,
