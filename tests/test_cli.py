@@ -19,7 +19,7 @@ import nps_compress
 from nps_compress.cli import main
 
 COMMANDS = [
-    *("bench", "bundle", "card", "export", "import", "inspect", "merge", "pack", "search"),
+    *("bench", "bundle", "card", "export", "import", "inspect", "merge", "pack", "search", "serve"),
     *("transfer", "unpack", "verify"),
 ]
 
