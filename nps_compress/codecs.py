@@ -248,7 +248,7 @@ class BitmaskCodec:
         """The stream -> [nnz] uint32. Raises FormatError (P-POPCOUNT, P-TAIL)."""
         positions = np.empty(nnz + 8, np.uint32)
         stream = np.frombuffer(data, np.uint8)
-        _check_mask(_bitmask_decode(stream, numel, _BIT_COUNTS, _BIT_POSITIONS, positions))
+        _check_mask(_bitmask_decode(stream, numel, BIT_COUNTS, BIT_POSITIONS, positions))
         return positions[:nnz]
 
 
@@ -443,11 +443,11 @@ def _check_mask(status: int) -> None:
 
 
 # The bits set in each byte, ascending, and how many: one look-up a byte and no branch a bit.
-_BIT_COUNTS = np.array([byte.bit_count() for byte in range(256)], np.int64)
-_BIT_POSITIONS = np.zeros((256, 8), np.uint32)
+BIT_COUNTS = np.array([byte.bit_count() for byte in range(256)], np.int64)
+BIT_POSITIONS = np.zeros((256, 8), np.uint32)
 for _byte in range(256):
     _set = [bit for bit in range(8) if _byte >> bit & 1]
-    _BIT_POSITIONS[_byte, : len(_set)] = _set
+    BIT_POSITIONS[_byte, : len(_set)] = _set
 
 
 @jit
@@ -717,7 +717,7 @@ def _positions_of(bits: Bytes) -> Positions:
     """Where a bitmask has bits set, ascending. bits: [n / 8] -> [nnz]."""
     nnz = int(np.bitwise_count(bits).sum(dtype=np.int64))
     positions = np.empty(nnz + 8, np.uint32)
-    _bitmask_decode(bits, 8 * bits.size, _BIT_COUNTS, _BIT_POSITIONS, positions)
+    _bitmask_decode(bits, 8 * bits.size, BIT_COUNTS, BIT_POSITIONS, positions)
     return positions[:nnz]
 
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from nps_compress._jit import jit
 from nps_compress._threads import workers
-from nps_compress.codecs import Positions
+from nps_compress.codecs import BIT_COUNTS, BIT_POSITIONS, Positions
 from nps_compress.dtypes import BY_NAME, Words
 from nps_compress.kernels import form as forms
 from nps_compress.kernels import table
@@ -56,7 +56,7 @@ def rebuild(changes: Changes, out: Tensors) -> None:
             return
         form, positions, ranks = found
         if isinstance(form.values, forms.Words):
-            after[positions] = to_numpy(form.values.words[ranks])
+            _put(after, positions, to_numpy(form.values.words[ranks]))
         else:
             _move(form, changes.tensors, span.start, positions, ranks, after)
 
@@ -131,17 +131,14 @@ def _exchange(changes: Changes, number: int, span: slice, old: Words, undo: bool
     form, positions, ranks = found
     words = to_numpy(changes.tensors.words[number][span])
     if isinstance(form.values, forms.Words):
-        values = to_numpy(form.values.words[ranks])
-        before = words[positions]
-        words[positions] = values
-        values[:] = before
+        _swap(words, positions, to_numpy(form.values.words[ranks]))
         return
     first = changes.first_old[number]
     left = old[first + ranks.start : first + ranks.stop]
     if undo:
-        words[positions] = left
+        _put(words, positions, left)
     else:
-        left[:] = words[positions]
+        _take(words, positions, left)
         _move(form, changes.tensors, span.start, positions, ranks, words)
 
 
@@ -154,20 +151,23 @@ def _kept(changes: Changes, number: int, span: slice) -> tuple[Form, Positions, 
     if form is None:
         return None
     first = span.start // _BLOCK
-    positions = np.empty(min(span.stop - span.start, form.nnz), np.uint32)
+    size = min(span.stop - span.start, form.nnz)
+    positions = np.empty(size + 8, np.uint32)  # a byte of a mask always writes eight
     if isinstance(form.places, forms.Mask):
         tiles = slice(span.start // _MASK_TILE, -(-span.stop // _MASK_TILE))
         counts = to_numpy(form.places.counts)[tiles]
         rank = int(counts[0])
         bits = to_numpy(form.places.bits)[span.start // 32 : -(-span.stop // 32)]
-        found = _expand_mask(bits, counts - rank, span.stop - span.start, positions)
+        octets, count = bits.view(np.uint8), span.stop - span.start
+        found = _expand_mask(octets, counts - rank, count, BIT_COUNTS, BIT_POSITIONS, positions)
     else:
         anchors = to_numpy(form.places.anchors)
         blocks = -(-span.stop // _BLOCK) - first
         part = anchors[first : first + blocks + 1].astype(np.int64)
         rank = int(part[0, 1])
         part[:, 1] -= rank
-        found = _expand_gaps(to_numpy(form.places.gaps), part, span.stop - span.start, positions)
+        gaps = to_numpy(form.places.gaps)
+        found = _expand_gaps(gaps, part, span.stop - span.start, positions[:size])
     if found == _FAULT or rank + found > form.nnz:
         changes.fault[0] = 1
         return None
@@ -181,11 +181,9 @@ def _move(
     numbers = np.empty(positions.size, np.float32)
     values = form.values
     if isinstance(values, forms.Signs):
-        _look_up(*_arrays(values.sizes), start, positions, numbers)
+        sizes, factors = _arrays(values.sizes), _arrays(values.factors)
         minus = to_numpy(values.minus)
-        factors = np.empty(positions.size, np.float32)
-        _look_up(*_arrays(values.factors), start, positions, factors)
-        _products(numbers, factors, minus, ranks.start)
+        _products(*sizes, *factors, minus, ranks.start, start, positions, numbers)
     else:
         assert isinstance(values, forms.Grid)
         _look_up(*_arrays(values.steps), start, positions, numbers)
@@ -200,24 +198,45 @@ def _arrays(factors: Factors) -> tuple[npt.NDArray[Any], npt.NDArray[Any], Float
 
 
 @jit
-def _expand_mask(bits, counts, numel, positions):  # type: ignore[no-untyped-def]
-    found = 0
-    for i in range(bits.size):
-        if i % (_MASK_TILE // 32) == 0 and found != counts[i // (_MASK_TILE // 32)]:
+def _swap(words, positions, values):  # type: ignore[no-untyped-def]
+    for i in range(positions.size):
+        at = positions[i]
+        before = words[at]
+        words[at] = values[i]
+        values[i] = before
+
+
+@jit
+def _put(words, positions, values):  # type: ignore[no-untyped-def]
+    for i in range(positions.size):
+        words[positions[i]] = values[i]
+
+
+@jit
+def _take(words, positions, values):  # type: ignore[no-untyped-def]
+    for i in range(positions.size):
+        values[i] = words[positions[i]]
+
+
+@jit
+def _expand_mask(  # type: ignore[no-untyped-def]
+    octets, counts, numel, bit_counts, bits, positions
+):
+    found = np.uint64(0)  # numba would check a signed index for wrapping around
+    for i in range(octets.size):
+        if i % (_MASK_TILE // 8) == 0 and found != counts[i // (_MASK_TILE // 8)]:
             return _FAULT
-        word = bits[i]
-        at = 32 * i
-        while word:
-            if word & np.uint32(1):
-                if at >= numel:
-                    break
-                if found == positions.size:
-                    return _FAULT
-                positions[found] = at
-                found += 1
-            word >>= np.uint32(1)
-            at += 1
-    return found
+        byte = np.int64(octets[i])
+        at = 8 * i
+        if at + 8 > numel:
+            byte &= (1 << max(numel - at, 0)) - 1
+        size = bit_counts[byte]
+        if found + np.uint64(size) > np.uint64(positions.size - 8):
+            return _FAULT
+        for k in range(8):
+            positions[found + np.uint64(k)] = np.uint32(at) + bits[byte, k]
+        found += np.uint64(size)
+    return np.int64(found)
 
 
 @jit
@@ -256,8 +275,28 @@ def _look_up(rows, columns, numbers, lowest, start, positions, out):  # type: ig
 
 
 @jit
-def _products(numbers, factors, minus, first):  # type: ignore[no-untyped-def]
-    for i in range(numbers.size):
-        rank = first + i
-        size = np.float32(numbers[i] * factors[i])
-        numbers[i] = -size if (minus[rank >> 3] >> (rank & 7)) & 1 else size
+def _products(  # type: ignore[no-untyped-def]
+    rows, columns, numbers, lowest,
+    rows_2, columns_2, numbers_2, lowest_2,
+    minus, first, start, positions, out,
+):  # fmt: skip
+    row = start // columns.size
+    row_end = (row + 1) * columns.size - start
+    last, last_2 = numbers.size - 1, numbers_2.size - 1
+    for i in range(positions.size):
+        while positions[i] >= row_end:
+            row += 1
+            row_end += columns.size
+        column = np.int64(positions[i]) - row_end + columns.size
+        at = np.int64(rows[row]) + np.int64(columns[column]) - lowest
+        at_2 = np.int64(rows_2[row]) + np.int64(columns_2[column]) - lowest_2
+        size = np.float32(
+            numbers[np.uint64(min(max(at, 0), last))]
+            * numbers_2[np.uint64(min(max(at_2, 0), last_2))]
+        )
+        rank = np.uint64(first + i)
+        is_minus = (np.uint32(minus[rank >> np.uint64(3)]) >> np.uint32(rank & np.uint64(7))) & 1
+        sign = np.uint32(is_minus << 31)
+        out[i] = np.uint32(size.view(np.uint32) ^ sign).view(
+            np.float32
+        )  # no branch: signs are random

@@ -316,11 +316,12 @@ def _changes(  # type: ignore[no-untyped-def]
 def _add_to_bf16(positions, changes, dropped, largest, words):  # type: ignore[no-untyped-def]
     """As _moved, and what follows it, in one pass."""
     for i in range(positions.size):
-        before = np.uint32(np.uint32(words[positions[i]]) << np.uint32(16)).view(np.float32)
+        word = words[positions[i]]
+        before = np.uint32(np.uint32(word) << np.uint32(16)).view(np.float32)
         value = rounded(before + changes[i], dropped)
-        if value == before or not abs(value) <= largest or not abs(before) <= largest:
-            continue
-        words[positions[i]] = np.uint16(np.float32(value).view(np.uint32) >> np.uint32(16))
+        moves = (value != before) & (abs(value) <= largest) & (abs(before) <= largest)
+        new = np.uint16(np.float32(value).view(np.uint32) >> np.uint32(16))
+        words[positions[i]] = new if moves else word  # no branch: nobody could guess it
 
 
 @jit

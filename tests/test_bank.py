@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
-from conftest import bits, write_checkpoint
+from conftest import ROOT, bits, write_checkpoint
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import nps_compress
-from nps_compress import TaskBank, resident
+from nps_compress import TaskBank, resident, torch_words
+from nps_compress.checkpoint import open_checkpoint
 from nps_compress.errors import (
     BaseMismatchError,
     CheckpointError,
@@ -32,6 +33,7 @@ RECIPES = {
     "magnitude": Recipe(prune="magnitude", density=0.1),
     "sampled": Recipe(prune="sampled", density=0.1),
     "whole": None,
+    "few signs": Recipe(prune="signs", density=0.05),
 }
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 
@@ -175,6 +177,8 @@ def test_any_sequence_gives_exactly_what_was_asked_for(worlds, dtype):
         def the_model_is_what_was_asked_for(self):
             if hasattr(self, "bank"):
                 assert self.bank.active == self.active
+                if self.active:
+                    assert self.bank.tasks()[self.active].tier == "host"
                 assert state(self.bank.model) == world.states[self.active]
                 held = self.bank.metrics().nbytes["host"]
                 budget = self.bank._near.budget
@@ -384,7 +388,7 @@ def test_the_least_recently_used_leave_and_pinned_ones_stay(world):
     assert (metrics.switches, metrics.hits, metrics.misses) == (3, 2, 2)
     assert metrics.evictions == 2
     assert metrics.nbytes["host"] == sum(bank.tasks()[name].nbytes for name in ("sampled", "whole"))
-    assert metrics.nbytes["disk"] == sum(path.stat().st_size for path in world.paths.values())
+    assert metrics.nbytes["disk"] == sum(world.paths[name].stat().st_size for name in bank.tasks())
     assert len(metrics.switch_seconds) == 3
 
 
@@ -407,8 +411,8 @@ def test_a_task_in_use_is_not_removed_and_blocks_nest(bank, world):
 @pytest.mark.parametrize("budget", [None, 12_000])
 def test_threads_see_only_what_they_asked_for(world, budget):
     bank = world.bank(host_bytes=budget)
-    names = list(RECIPES)
-    for name in names[:3]:
+    names = ["signs", "few signs", "magnitude"]
+    for name in names:
         bank.add(world.paths[name])
     wrong: list[object] = []
     errors: list[BaseException] = []
@@ -531,6 +535,65 @@ def test_tied_embeddings_of_transformers_stay_tied(tmp_path):
     assert bank.model.lm_head.weight is bank.model.model.embed_tokens.weight
     bank.deactivate()
     assert state(bank.model) == state(LlamaForCausalLM.from_pretrained(folders[0]))
+
+
+VECTORS = ROOT / "format_spec" / "vectors"
+
+
+class Loose(torch.nn.Module):
+    """Tensors of any names and dtypes."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        self._names = dict(zip(tensors, map(str, range(len(tensors))), strict=True))
+        for name, tensor in tensors.items():
+            self.register_buffer(self._names[name], tensor)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {name: getattr(self, at) for name, at in self._names.items()}
+
+
+def loose(vector: Path) -> TaskBank:
+    """A bank whose model has what a vector needs of its base, and its new tensors as others."""
+    base = open_checkpoint(vector.with_suffix(".base.safetensors"))
+    tensors = {}
+    with nps_compress.open(vector) as task:
+        for entry in task.reader.tensors:
+            source = task.base_tensor_name(entry.name)
+            words = base.read(source) if source else np.zeros(17, entry.dtype.word)
+            shape = entry.shape if source else (17,)
+            tensors[entry.name] = torch_words.from_numpy(words, entry.dtype, shape)
+    return TaskBank(Loose(tensors), base.path)
+
+
+WITH_BASE = sorted((VECTORS / "valid").glob("*.base.safetensors"))
+
+
+@pytest.mark.parametrize("base", WITH_BASE, ids=lambda path: path.name.split(".")[0])
+def test_every_codec_of_the_standard(base, tmp_path):
+    vector = base.parent / base.name.replace(".base.safetensors", ".nps")
+    bank = loose(vector)
+    before = state(bank.model)
+    bank.add(vector, "task")
+    nps_compress.unpack(base, vector, tmp_path / "out")
+    unpacked = open_checkpoint(tmp_path / "out")
+    wanted = {
+        name: (t.shape, unpacked.read(name).tobytes()) for name, t in unpacked.tensors.items()
+    }
+    for _ in range(2):
+        bank.activate("task")
+        assert state(bank.model) == wanted
+        bank.deactivate()
+        assert state(bank.model) == before
+
+
+@pytest.mark.parametrize("codec", ["short-delta", "distances", "grid", "levels", "signs"])
+def test_a_tensor_with_another_digest_than_promised_is_not_added(codec):
+    vector = VECTORS / "reject" / f"D-DIGEST-{codec}.nps"
+    bank = loose(vector)
+    with pytest.raises(FormatError, match="D-DIGEST"):
+        bank.add(vector)
+    assert len(bank) == 0
 
 
 @pytest.mark.gpu

@@ -12,7 +12,7 @@ import pytest
 import tiny_models
 import torch
 import transformers
-from conftest import bits
+from conftest import ROOT, bits
 from safetensors.torch import load_file, save_file
 
 import nps_compress
@@ -212,6 +212,31 @@ def test_other_kinds_as_a_quantisation_config(tmp_path, kind):
     same(model, cls.from_pretrained(case.out))
 
 
+@pytest.mark.parametrize("kind", ["integers", "float32 among float16"])
+def test_weights_that_keep_a_dtype_of_their_own(tmp_path, kind):
+    folders = [tmp_path / "base", tmp_path / "tuned"]
+    for seed, folder in enumerate(folders):
+        torch.manual_seed(seed)
+        if kind == "integers":
+            config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1])
+            model = transformers.ResNetForImageClassification(config)
+            for name, buffer in model.named_buffers():
+                if "tracked" in name:
+                    buffer += 1 + seed
+            model.save_pretrained(folder)
+        else:
+            tiny_models.build("seq2seq", folder, seed)
+    task = tmp_path / "t.nps"
+    nps_compress.pack(*folders, task)
+    nps_compress.unpack(folders[0], task, tmp_path / "out")
+    model = nps_compress.from_pretrained(folders[0], task, dtype=torch.float16)
+    assert len({tensor.dtype for tensor in model.state_dict().values()}) == 2
+    same(model, type(model).from_pretrained(tmp_path / "out", dtype=torch.float16))
+    config = NPSConfig(task)
+    cls = type(model)
+    same(cls.from_pretrained(folders[0], quantization_config=config, dtype=torch.float16), model)
+
+
 def damage(path: Path, at: float) -> None:
     data = bytearray(path.read_bytes())
     data[int(at * len(data))] ^= 0x10
@@ -307,3 +332,12 @@ def test_tensors_are_read_in_parts_and_as_often_as_wanted(causal):
             assert part.untyped_storage().nbytes() == part.nbytes
         tensors.check_content()
         assert tensors.side_files["config.json"] == (causal.out / "config.json").read_bytes()
+
+
+@pytest.mark.parametrize("codec", ["short-delta", "distances", "grid", "levels", "signs"])
+def test_a_tensor_with_another_digest_than_promised_is_not_read(codec):
+    vector = ROOT / "format_spec" / "vectors" / "reject" / f"D-DIGEST-{codec}.nps"
+    with LazyTensors(vector.with_suffix(".base.safetensors"), vector) as tensors:
+        with pytest.raises(FormatError, match="D-DIGEST"):
+            [lazy[...] for lazy in tensors.values()]
+        assert isinstance(tensors.error, FormatError)
