@@ -28,7 +28,7 @@ def from_pretrained(
     model_class: a class of transformers, or one of its Auto classes; by default the architecture
     that the fine-tune's config.json names. hf_kwargs: what ``from_pretrained`` of transformers
     takes: ``dtype``, ``device_map``, ``quantization_config``, ``distributed_config``, attributes
-    of the config. Parts that ``device_map`` sends to disk are refused.
+    of the config.
 
     Raises:
         CheckpointError: the base can't be read, or transformers can't load what is in the files

@@ -197,6 +197,6 @@ def _write_calibration(folder: Path, labels: int) -> Path:
 @pytest.fixture(scope="session")
 def causal_world(tmp_path_factory: pytest.TempPathFactory) -> object:
     """A tiny language model and tasks of it, to be served; nobody may change the files."""
-    import serving
+    import servers
 
-    return serving.causal_world(tmp_path_factory.mktemp("causal"))
+    return servers.causal_world(tmp_path_factory.mktemp("causal"))

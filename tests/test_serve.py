@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import openai
 import pytest
-import serving
+import servers
 import torch
 
 NAMES = ("base", "law", "med", "code")
@@ -22,25 +22,25 @@ def world(causal_world):
 
 @pytest.fixture(scope="module")
 def server(world):
-    with serving.running(world.settings(cycle_time=0.05, max_batch=4)) as found:
+    with servers.running(world.settings(cycle_time=0.05, max_batch=4)) as found:
         yield found
 
 
 @pytest.fixture(scope="module")
 def classifiers(tmp_path_factory):
-    return serving.classifier_world(tmp_path_factory.mktemp("classifiers"))
+    return servers.classifier_world(tmp_path_factory.mktemp("classifiers"))
 
 
 @pytest.fixture(scope="module")
 def reader(classifiers):
-    with serving.running(classifiers.settings(name="minibert")) as found:
+    with servers.running(classifiers.settings(name="minibert")) as found:
         yield found
 
 
 def test_requests_of_all_tasks_at_once_get_the_answers_of_the_unpacked_models(world, server):
     jobs = [
         (NAMES[i % 4], prompt, 1 + 5 * i % 23, i % 3 == 0)
-        for i, prompt in enumerate(serving.prompts(48))
+        for i, prompt in enumerate(servers.prompts(48))
     ]
 
     def ask(job):
@@ -107,7 +107,7 @@ def test_chat_goes_on_to_the_limit_unless_told(world, server):
     found = server.openai.chat.completions.create(
         model="code", messages=[{"role": "user", "content": "cat"}], temperature=0
     )
-    wanted, count = world.greedy("code", "a cat", serving.POSITIONS - 2)
+    wanted, count = world.greedy("code", "a cat", servers.POSITIONS - 2)
     assert found.choices[0].message.content == wanted
     assert found.usage.completion_tokens == count
 
@@ -117,7 +117,7 @@ def test_models_are_the_base_and_its_tasks(world, server):
     assert list(found) == list(NAMES)
     assert found["base"].parent is None
     assert {found[name].parent for name in world.tasks} == {"base"}
-    assert {model.max_model_len for model in found.values()} == {serving.POSITIONS}
+    assert {model.max_model_len for model in found.values()} == {servers.POSITIONS}
     assert server.openai.models.retrieve("law").id == "law"
     with pytest.raises(openai.NotFoundError):
         server.openai.models.retrieve("tax")
@@ -150,7 +150,7 @@ def test_curl(world, server):
     url = f"{server.url}/v1/completions"
     plain = curl(url, "--json", json.dumps(body))
     assert json.loads(plain)["choices"][0]["text"] == wanted
-    streamed = serving.events(curl("-N", url, "--json", json.dumps({**body, "stream": True})))
+    streamed = servers.events(curl("-N", url, "--json", json.dumps({**body, "stream": True})))
     assert streamed[-1] == "[DONE]"
     assert "".join(each["choices"][0]["text"] for each in streamed[:-1]) == wanted
     assert json.loads(curl(f"{server.url}/health")) == {"status": "ok"}
@@ -244,7 +244,7 @@ def test_a_stop_string_ends_the_text_before_it(world, server):
         body = {"stop": [stop, "never"], "stream": stream}
         answer = server.complete("law", "the red cat", 40, **body)
         if stream:
-            told = [each["choices"][0] for each in serving.events(answer.text)[:-1]]
+            told = [each["choices"][0] for each in servers.events(answer.text)[:-1]]
             text, reason = "".join(each["text"] for each in told), told[-1]["finish_reason"]
         else:
             choice = answer.json()["choices"][0]
@@ -276,7 +276,7 @@ def test_embeddings_are_the_mean_of_the_last_states(classifiers, reader):
 
 
 def test_classes_are_each_tasks_own(classifiers, reader):
-    texts = serving.prompts(20, 12)
+    texts = servers.prompts(20, 12)
     with ThreadPoolExecutor(8) as pool:
         jobs = [(name, text) for text in texts for name in ("topic", "mood")]
         answers = list(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-import serving
+import servers
 from click.testing import CliRunner
 from conftest import ROOT
 
@@ -37,7 +37,7 @@ def world(causal_world):
 def unsafe_copy(world, tmp_path):
     """The same, with .nps files that may be damaged."""
     tasks = {name: Path(shutil.copy(path, tmp_path)) for name, path in world.tasks.items()}
-    return serving.World(tmp_path, world.base, tasks, world.unpacked, world.loaded)
+    return servers.World(tmp_path, world.base, tasks, world.unpacked, world.loaded)
 
 
 def check_all(world, server):
@@ -48,7 +48,7 @@ def check_all(world, server):
 @pytest.mark.parametrize("options", [{"max_batch": 2}, {"max_batch": 4, "max_running": 4}])
 def test_a_task_is_served_while_another_never_rests(world, options):
     """With and without room for it among what runs."""
-    with serving.running(world.settings(cycle_time=0.1, **options)) as server:
+    with servers.running(world.settings(cycle_time=0.1, **options)) as server:
         stop = threading.Event()
 
         def load():
@@ -58,7 +58,7 @@ def test_a_task_is_served_while_another_never_rests(world, options):
 
         with ThreadPoolExecutor(6) as pool:
             busy = [pool.submit(load) for _ in range(6)]
-            serving.wait_until(lambda: server.engine.work()[1].get("law", 0) >= 2)
+            servers.wait_until(lambda: server.engine.work()[1].get("law", 0) >= 2)
             try:
                 for _ in range(3):
                     start = time.monotonic()
@@ -73,7 +73,7 @@ def test_a_task_is_served_while_another_never_rests(world, options):
 
 
 def test_a_full_queue_is_429_and_others_are_served(world):
-    with serving.running(world.settings(max_waiting=2, max_batch=1, max_running=2)) as server:
+    with servers.running(world.settings(max_waiting=2, max_batch=1, max_running=2)) as server:
         with ThreadPoolExecutor(12) as pool:
             found = list(pool.map(lambda _: server.complete("law", PROMPT, LONG), range(12)))
             refused = [each for each in found if each.status_code == 429]
@@ -95,7 +95,7 @@ def test_a_full_queue_is_429_and_others_are_served(world):
 
 
 def test_too_many_requests_at_once_are_429(world):
-    with serving.running(world.settings(max_requests=2, max_batch=1)) as server:
+    with servers.running(world.settings(max_requests=2, max_batch=1)) as server:
         with ThreadPoolExecutor(8) as pool:
             found = list(pool.map(lambda _: server.complete("law", PROMPT, LONG), range(8)))
         assert {each.status_code for each in found} == {200, 429}
@@ -105,7 +105,7 @@ def test_too_many_requests_at_once_are_429(world):
 
 
 def test_requests_that_are_too_large_or_slow_are_refused(world, monkeypatch):
-    with serving.running(world.settings(max_body=0.01, timeout=0.5)) as server:
+    with servers.running(world.settings(max_body=0.01, timeout=0.5)) as server:
         large = {"model": "law", "prompt": "red " * 5000}
         answer = server.http.post("/v1/completions", json=large)
         assert (answer.status_code, answer.json()["error"]["code"]) == (413, "request_too_large")
@@ -125,17 +125,17 @@ def test_requests_that_are_too_large_or_slow_are_refused(world, monkeypatch):
         late = [each for each in found if each.status_code == 504]
         assert late
         assert late[0].json()["error"]["type"] == "timeout_error"
-        serving.wait_until(server.is_idle)
+        servers.wait_until(server.is_idle)
         answer = server.complete("law", PROMPT, 150, n=16, temperature=1, stream=True)
         if answer.status_code == 200 and "[DONE]" not in answer.text:
-            assert serving.events(answer.text)[-1]["error"]["type"] == "timeout_error"
+            assert servers.events(answer.text)[-1]["error"]["type"] == "timeout_error"
 
 
 def test_the_key_is_asked_for(world, tmp_path):
     key = "k3y-of-" + "x" * 30
     path = tmp_path / "key"
     path.write_text(f"{key}\n")
-    with serving.running(world.settings(api_key_file=path), key) as server:
+    with servers.running(world.settings(api_key_file=path), key) as server:
         for wrong in (None, "", key[:-1], key + "x", "é"):
             headers = {} if wrong is None else {"authorization": f"Bearer {wrong}".strip().encode()}
             for route in ("/v1/models", "/status", "/metrics", "/openapi.json", "/nothing"):
@@ -166,17 +166,17 @@ def test_keys_that_are_none(tmp_path):
 
 
 def test_a_client_that_hangs_up_is_not_worked_for(world):
-    with serving.running(world.settings(max_batch=2, cycle_time=0.05)) as server:
+    with servers.running(world.settings(max_batch=2, cycle_time=0.05)) as server:
         body = {"model": "law", "prompt": PROMPT, "max_tokens": 150, "temperature": 1.5, "n": 8}
         before = server.engine.bank.metrics().switches
         with server.http.stream(
             "POST", "/v1/completions", json={**body, "stream": True}
         ) as streamed:
             next(streamed.iter_lines())
-        serving.wait_until(server.is_idle)
+        servers.wait_until(server.is_idle)
         with pytest.raises(httpx.ReadTimeout):
             server.http.post("/v1/completions", json=body, timeout=0.05)
-        serving.wait_until(server.is_idle)
+        servers.wait_until(server.is_idle)
         assert server.engine.bank.metrics().switches >= before
         check_all(world, server)
         text = server.http.get("/metrics").text
@@ -191,7 +191,7 @@ def test_files_that_change_while_they_are_served(unsafe_copy):
         task.nbytes for task in TaskBank.from_pretrained(world.base, world.tasks).tasks().values()
     ]
     assert max(sizes) < 1.5 * min(sizes)
-    with serving.running(world.settings(host_memory=1.5e-9 * min(sizes))) as server:
+    with servers.running(world.settings(host_memory=1.5e-9 * min(sizes))) as server:
         tiers = [task["tier"] for task in server.http.get("/status").json()["tasks"]]
         assert sorted(tiers) == ["disk", "disk", "host", "host"]  # the base, and one task
         check_all(world, server)
@@ -215,7 +215,7 @@ def test_files_that_change_while_they_are_served(unsafe_copy):
 
 
 def test_a_file_that_is_in_memory_is_not_missed(unsafe_copy):
-    with serving.running(unsafe_copy.settings()) as server:
+    with servers.running(unsafe_copy.settings()) as server:
         for path in unsafe_copy.tasks.values():
             path.unlink()
         check_all(unsafe_copy, server)
@@ -223,7 +223,7 @@ def test_a_file_that_is_in_memory_is_not_missed(unsafe_copy):
 
 @pytest.mark.parametrize("error", [MemoryError, RuntimeError])
 def test_no_memory_for_a_switch(world, monkeypatch, error):
-    with serving.running(world.settings()) as server:
+    with servers.running(world.settings()) as server:
         original = resident.exchange
         failing = True
 
@@ -249,7 +249,7 @@ def test_no_memory_for_a_switch(world, monkeypatch, error):
 
 
 def test_what_the_model_raises_fails_that_batch_alone(world, monkeypatch):
-    with serving.running(world.settings()) as server:
+    with servers.running(world.settings()) as server:
         model = server.engine.bank.model
         original = model.forward
 
@@ -280,7 +280,7 @@ def test_tasks_come_and_go_over_http(world, tmp_path):
     settings = Settings(
         base=str(world.base), tasks={"law": world.tasks["law"]}, port=0, folders=[allowed]
     )
-    with serving.running(settings) as server:
+    with servers.running(settings) as server:
 
         def load(name, path):
             body = {"lora_name": name, "lora_path": str(path)}
@@ -307,7 +307,7 @@ def test_tasks_come_and_go_over_http(world, tmp_path):
             assert server.text("late", PROMPT) == world.greedy("code", PROMPT, 8)[0]
             with ThreadPoolExecutor(4) as pool:
                 asked = [pool.submit(server.complete, "late", PROMPT, LONG) for _ in range(3)]
-                serving.wait_until(lambda: not server.is_idle())
+                servers.wait_until(lambda: not server.is_idle())
                 gone = unload("late")
                 assert gone.status_code == 200, gone.text
                 for each in asked:  # what had begun is finished
@@ -325,7 +325,7 @@ def test_tasks_come_and_go_over_http(world, tmp_path):
 
 
 def test_loading_is_off_unless_allowed(world):
-    with serving.running(world.settings()) as server:
+    with servers.running(world.settings()) as server:
         body = {"lora_name": "late", "lora_path": str(world.tasks["law"])}
         assert server.http.post("/v1/load_lora_adapter", json=body).status_code == 404
         assert (
@@ -377,7 +377,7 @@ def test_killed_and_started_again_it_answers_as_before_and_ends_in_good_order(wo
             text = next(lines) + "\n\n"
             process.send_signal(signal.SIGTERM)
             text += "\n\n".join(line for line in lines if line)
-        told = serving.events(text)
+        told = servers.events(text)
         assert told[-1] == "[DONE]"  # what ran was finished
         said = "".join(each["choices"][0]["text"] for each in told[:-1])
         assert said == world.greedy("law", PROMPT, 150)[0]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import chromium
 import pytest
-import serving
+import servers
 
 pytestmark = pytest.mark.skipif(chromium.BROWSER is None, reason="needs Chromium")
 
@@ -39,7 +39,7 @@ def keep_screenshot(page, name):
 def test_people_see_the_tasks_and_ask_them(causal_world, page, tmp_path):
     key = "page-key"
     (tmp_path / "key").write_text(key)
-    with serving.running(causal_world.settings(api_key_file=tmp_path / "key"), key) as server:
+    with servers.running(causal_world.settings(api_key_file=tmp_path / "key"), key) as server:
         page.open(server.url)
         page.wait_for('typeof at === "function" && !at("key-box").hidden')
         assert "key" in page.evaluate('at("summary").textContent')
@@ -73,8 +73,8 @@ def test_a_name_is_text_and_nothing_runs(causal_world, page):
     """Names come from outside; what looks like a tag is shown as it is."""
     name = "<img src=x onerror=alert(1)>"
     tasks = {name: causal_world.tasks["law"]}
-    world = serving.World(causal_world.folder, causal_world.base, tasks, {})
-    with serving.running(world.settings()) as server:
+    world = servers.World(causal_world.folder, causal_world.base, tasks, {})
+    with servers.running(world.settings()) as server:
         page.open(server.url)
         page.wait_for('typeof at === "function" && at("tasks").children.length === 2')
         assert page.evaluate('at("tasks").children[1].cells[0].textContent') == name

@@ -49,10 +49,6 @@ class Processor:
     activation: Activation
     readers: Mapping[Use, Text]
 
-    def tokens(self, text: str) -> list[int]:
-        """With the special tokens that the model was trained with."""
-        return [int(token) for token in self.tokenizer(text)["input_ids"]]
-
     def chat_tokens(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """A conversation as the chat template words it. Raises ProcessorError."""
         if not self.tokenizer.chat_template:
@@ -64,13 +60,14 @@ class Processor:
         except Exception as error:  # a template may raise whatever it likes
             line = " ".join(str(error).split())[:300]
             raise ProcessorError(f"the chat template refuses these messages ({line})") from error
-        found = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        found = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return [int(token) for token in found]
 
     def inputs(self, text: str | Sequence[int]) -> dict[str, list[int]]:
         """One row of what an encoder takes."""
         if isinstance(text, str):
-            return {name: list(row) for name, row in self.tokenizer(text).items()}
+            found = self.tokenizer(text, verbose=False)  # what is too long is refused later
+            return {name: list(row) for name, row in found.items()}
         return {"input_ids": list(text), "attention_mask": [1] * len(text)}
 
     def decode(self, tokens: Sequence[int]) -> str:
