@@ -243,8 +243,8 @@ def test_unknown_method_and_numbers_out_of_range():
     check_settings(METHODS["ties"], Settings(agreement=4), 2)
 
 
-def pruned(rule, tau, by, scope="global", shape=None):
-    pruner, shape = TaskPruner(0, rule, scope), shape or tau.shape
+def pruned(rule, tau, by, scope="global", task=0):
+    pruner, shape = TaskPruner(task, rule, scope), tau.shape
     flat = tau.reshape(-1)
     pruner.count("w", shape, lambda: [flat[:5], flat[5:]])
     selection = pruner.selection("w", shape, lambda: [flat], by)
@@ -282,6 +282,14 @@ def test_sampled_task_vectors_are_right_on_average(rule, rng):
         error = np.linalg.norm(mean - tau) / np.linalg.norm(tau)
         single = np.mean([np.linalg.norm(d - tau) for d in draws]) / np.linalg.norm(tau)
         assert error < 1.3 * single / np.sqrt(60)
+
+
+def test_tasks_draw_apart(rng):
+    """Equal task vectors lose different elements, or errors would add up instead of out."""
+    tau, by = rng.standard_normal((80, 64)).astype(np.float32), Settings(density=0.2)
+    for rule in ("random", "sampled", "signs"):
+        first, second = (pruned(rule, tau, by, task=task) != 0 for task in (0, 1))
+        assert 0.02 < (first & second).mean() < 0.12, rule
 
 
 def test_vectors_are_whole_where_a_sample_says_too_little():
