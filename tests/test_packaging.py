@@ -86,6 +86,7 @@ ORDER = [
     "vllm.loader",
     "vllm.switching",
     "vllm.transfer",
+    "vllm.routing",
     "bench.figures",
     "bench.shapes",
     "bench.peers",
@@ -115,7 +116,7 @@ ONLY_IN = {
         *("importance", "resident", "reconstruct", "live", "evaluator", "vllm.loader"),
         *("vllm.stream", "vllm.switching"),
     },
-    "vllm": {"vllm.loader", "vllm.switching", "vllm.transfer"},
+    "vllm": {"vllm.loader", "vllm.switching", "vllm.transfer", "vllm.routing"},
 }
 
 
