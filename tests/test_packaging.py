@@ -113,6 +113,7 @@ ORDER = [
     "vllm.loader",
     "vllm.switching",
     "vllm.transfer",
+    "vllm.routing",
     "bench.figures",
     "bench.shapes",
     "bench.peers",
@@ -169,7 +170,7 @@ ONLY_IN = {
         *("serve.sampling", "serve.decoding", "serve.engine"),
         *("vllm.loader", "vllm.stream", "vllm.switching"),
     },
-    "vllm": {"vllm.loader", "vllm.switching", "vllm.transfer"},
+    "vllm": {"vllm.loader", "vllm.switching", "vllm.transfer", "vllm.routing"},
 }
 
 

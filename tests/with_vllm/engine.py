@@ -22,7 +22,9 @@ def run(llm: LLM, step: dict[str, Any]) -> Any:
             found |= rank
         return found
     if kind == "full":  # vLLM's own reload of a whole checkpoint
-        return llm.collective_rpc("reload_weights", kwargs={"weights_path": value})
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": value})
+        llm.reset_prefix_cache()
+        return "done"
     assert kind == "update"
     try:
         llm.init_weight_transfer_engine({"init_info": {}})
