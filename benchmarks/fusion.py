@@ -309,7 +309,7 @@ def table(family: str) -> str:
 
 
 def plot(path: Path) -> None:
-    """Left: each method as its development score, or its default, has it; right: the ablations beside the paper's."""
+    """Left: each method as development scores choose it; right: ablations beside the paper's."""
     import matplotlib
 
     matplotlib.use("Agg")
