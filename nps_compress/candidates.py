@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from nps_compress._threads import bounded_map
 from nps_compress.checkpoint import Pair
-from nps_compress.dtypes import PRUNABLE, DType, Words, round_float32, to_float32
+from nps_compress.dtypes import PRUNABLE, DType, Words, difference, round_float32, to_float32
 from nps_compress.grid_codec import GridParameters
 from nps_compress.groups import GROUPS, Group, group_of
 from nps_compress.prune import (
@@ -60,6 +60,8 @@ def slices(size: int) -> list[slice]:
 def tau_of(loaded: Loaded, part: slice) -> Float32:
     """Fine-tuned minus base of some elements; not finite where either is not."""
     base, base_dtype, finetuned, finetuned_dtype = loaded
+    if base_dtype == finetuned_dtype:
+        return difference(finetuned[part], base[part], base_dtype)
     with np.errstate(invalid="ignore", over="ignore"):
         return to_float32(finetuned[part], finetuned_dtype) - to_float32(base[part], base_dtype)
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,6 +12,13 @@ import click
 
 from nps_compress import __version__
 from nps_compress.bench.shapes import MODELS
+from nps_compress.commands.merging import merge, transfer
+from nps_compress.commands.shared import force_option as _force
+from nps_compress.commands.shared import given as _given
+from nps_compress.commands.shared import json_option as _json
+from nps_compress.commands.shared import output as _out
+from nps_compress.commands.shared import print_json as _print_json
+from nps_compress.commands.shared import print_table as _print_table
 from nps_compress.errors import NpsError, SearchInterruptedError
 from nps_compress.serve.command import serve
 
@@ -68,12 +74,6 @@ def main() -> None:
     """
 
 
-def _out(what: str) -> Callable[[F], F]:
-    return click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help=what)
-
-
-_force = click.option("--force", is_flag=True, help="Overwrite the output.")
-_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _task_argument = click.argument("task", type=click.Path(path_type=Path))
 
 
@@ -663,10 +663,10 @@ def bench(
       nps-compress bench base/ law/ med/ --tasks 200
       nps-compress bench --like llama-8b --tasks 500 --html report.html
     """
-    from nps_compress.bench.measuring import is_packed
     from nps_compress.bench.projection import Plan
     from nps_compress.bench.results import refuse_outputs
     from nps_compress.bench.run import Settings, bench_model, bench_tasks
+    from nps_compress.packed import is_packed
     from nps_compress.recipe import DEFAULT_RULE, Recipe, default_density, default_values
 
     _refuse_together(ctx, "--lossless", lossless, {"density", "prune"})
@@ -886,16 +886,6 @@ def _refuse_together(ctx: click.Context, flag: str, given: object, others: set[s
         raise click.UsageError(f"{option} can't be used with {flag}")
 
 
-def _given(ctx: click.Context, names: set[str]) -> list[str]:
-    """Those of the named options that were given on the command line."""
-    return [
-        param.opts[-1]
-        for param in ctx.command.params
-        if param.name in names
-        and ctx.get_parameter_source(param.name) is click.core.ParameterSource.COMMANDLINE
-    ]
-
-
 def _print_pack(report: PackReport, as_json: bool) -> None:
     if report.still_share > _MOSTLY_STILL:
         click.echo(
@@ -972,15 +962,8 @@ def _print_quality(quality: Quality, recipe: Recipe | None) -> None:
         )
 
 
-def _print_json(value: object) -> None:
-    click.echo(json.dumps(value, indent=2))
-
-
-def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        click.echo("  ".join(cells).rstrip())
+main.add_command(merge)
+main.add_command(transfer)
 
 
 if __name__ == "__main__":

@@ -42,3 +42,10 @@ def short_draw(seed, position):  # type: ignore[no-untyped-def]
     """An integer below 65536: a quarter of the number that four positions share."""
     z = _splitmix64(seed, position >> 2)
     return np.int64((z >> np.uint64(16 * (position & 3))) & np.uint64(0xFFFF))
+
+
+@jit
+def fill_draws(seed, start, out):  # type: ignore[no-untyped-def]
+    """:func:`draw_of` the positions from ``start`` on. out: [n] float64."""
+    for i in range(out.size):
+        out[i] = draw_of(seed, start + i)

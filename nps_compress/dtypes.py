@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
+from nps_compress._jit import jit
+
 Words = npt.NDArray[np.unsignedinteger]
 
 
@@ -63,9 +65,9 @@ def to_float32(words: Words, dtype: DType) -> npt.NDArray[np.float32]:
     if dtype.name == "F32":
         return words.view(np.float32)
     if dtype.name == "BF16":
-        wide = words.astype(np.uint32)
-        wide <<= 16
-        return wide.view(np.float32)
+        wide = np.empty(words.size, np.float32)
+        _widen(words, wide)
+        return wide
     if dtype.name == "F16":
         return words.view(np.float16).astype(np.float32)
     raise ValueError(f"no float32 view of {dtype.name}")
@@ -92,3 +94,30 @@ def octets(words: Words) -> memoryview:
 def digest(words: Words) -> bytes:
     """BLAKE3 of a tensor's bytes, little-endian. words: [numel], contiguous -> 32 bytes."""
     return blake3(octets(words)).digest()
+
+
+def difference(left: Words, right: Words, dtype: DType) -> npt.NDArray[np.float32]:
+    """left - right in float32, of words as :func:`to_float32` takes them. [n], [n] -> [n]."""
+    if dtype.name == "BF16":
+        out = np.empty(left.size, np.float32)
+        _difference(left, right, out)
+        return out
+    with np.errstate(invalid="ignore", over="ignore"):
+        return to_float32(left, dtype) - to_float32(right, dtype)
+
+
+@jit
+def _widened(word):  # type: ignore[no-untyped-def]
+    return np.uint32(np.uint32(word) << np.uint32(16)).view(np.float32)
+
+
+@jit
+def _widen(words, out):  # type: ignore[no-untyped-def]
+    for i in range(words.size):
+        out[i] = _widened(words[i])
+
+
+@jit
+def _difference(left, right, out):  # type: ignore[no-untyped-def]
+    for i in range(out.size):
+        out[i] = _widened(left[i]) - _widened(right[i])

@@ -18,6 +18,7 @@ Float32 = npt.NDArray[np.float32]
 Exponents = npt.NDArray[np.int16]
 
 ZERO = -(1 << 14)  # the exponent of a factor that is 0
+_SLOTS, _NONE = 32, -(1 << 40)
 LARGEST = 60  # of other exponents, either way: the product of two matrices stays within float32
 # 2^(k / 2) in float32, k from -4 to 4 times LARGEST.
 POWERS = np.exp2(np.arange(-4 * LARGEST, 4 * LARGEST + 1) / 2).astype(np.float32)
@@ -71,10 +72,30 @@ def _exponents(factors: npt.ArrayLike) -> Exponents:
 @jit
 def _expand(rows, columns, table, start, out):  # type: ignore[no-untyped-def]
     row, column = start // columns.size, start % columns.size
-    middle = table.size // 2
+    # Many rows have the same exponent: those expanded last are copied.
+    slots = _SLOTS if out.size > 4 * _SLOTS * columns.size else 0
+    known = np.full(slots, _NONE, np.int64)
+    expanded = np.empty((slots, columns.size if slots else 0), np.float32)
+    done = 0
+    while done < out.size:
+        exponent = np.int64(rows[row])
+        end = column + min(columns.size - column, out.size - done)
+        part = out[done : done + end - column]
+        if slots:
+            slot = exponent % slots
+            if known[slot] != exponent:
+                known[slot] = exponent
+                _expand_row(exponent, columns, table, expanded[slot])
+            part[:] = expanded[slot, column:end]
+        else:
+            _expand_row(exponent, columns[column:end], table, part)
+        done += part.size
+        row, column = row + 1, 0
+
+
+@jit
+def _expand_row(exponent, columns, table, out):  # type: ignore[no-untyped-def]
+    first = table.size // 2 + exponent
     for i in range(out.size):
-        at = middle + np.int64(rows[row]) + np.int64(columns[column])
+        at = first + np.int64(columns[i])
         out[i] = table[at] if at >= 0 else np.float32(0.0)
-        column += 1
-        if column == columns.size:
-            row, column = row + 1, 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from nps_compress._threads import workers
+from nps_compress._threads import MEMORY_SLACK, bounded_map, workers
 from nps_compress.codecs import Positions, ValueCodec, apply_payload
 from nps_compress.dtypes import Words
 from nps_compress.errors import (
@@ -247,6 +247,7 @@ class Task:
             tensor = torch.empty_like(base, memory_format=torch.contiguous_format)
             changes = Changes(Tensors([base.contiguous()]), [form])
             resident.rebuild(changes, Tensors([tensor]))
+            changes.check()
             words = np.empty(0, entry.dtype.word)
             if verify:
                 words = torch_words.to_numpy(torch_words.words_of(tensor))
@@ -311,6 +312,39 @@ class Task:
             FormatError: a chunk is damaged. BaseMismatchError: the base is another one.
             InvalidArgumentError: there is no base where one is needed.
         """
+        form = self._form(name, base)
+        return form if base is None else form.to(base.device)
+
+    def forms(
+        self, bases: Mapping[str, torch.Tensor | None], device: torch.device | str
+    ) -> dict[str, Form]:
+        """The forms of several tensors on one device: made by all cores, copied meanwhile.
+
+        To CUDA they cross in pinned memory on a stream of their own, as many bytes as they have
+        there. bases: of each tensor's name, as for :meth:`form`, on any device.
+
+        Raises:
+            FormatError, BaseMismatchError, InvalidArgumentError: as :meth:`form`.
+        """
+        import torch
+
+        from nps_compress.kernels.form import to_device
+
+        def cost(name: str) -> int:  # of positions, and what they are made into
+            return 24 * self.reader.nnz(self.entry(name))
+
+        target = torch.device(device)
+        stream = torch.cuda.Stream(target) if target.type == "cuda" else None
+        made = bounded_map(lambda name: self._form(name, bases[name]), bases, cost, MEMORY_SLACK)
+        try:
+            parts = [to_device([form], target, stream) for form in made]
+        finally:
+            if stream:
+                torch.cuda.current_stream(target).wait_stream(stream)
+        return {name: form for name, (form,) in zip(bases, parts, strict=True)}
+
+    def _form(self, name: str, base: torch.Tensor | None) -> Form:
+        """As :meth:`form`, on the CPU."""
         import torch
 
         from nps_compress.kernels import form as forms
@@ -326,8 +360,7 @@ class Task:
             words = self._new_words(entry, chunks, parameters, positions, base)
             signed = np.dtype(f"<i{entry.dtype.itemsize}")
             values = forms.Words(torch.from_numpy(words.view(signed)))
-        form = forms.form_of(entry.numel, positions, values)
-        return form if base is None else form.to(base.device)
+        return forms.form_of(entry.numel, positions, values)
 
     def _new_words(
         self,

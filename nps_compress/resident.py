@@ -1,7 +1,8 @@
-"""Change tensors that stay in memory: rebuild, exchange and switch, on whatever device they are.
+"""Change tensors that stay in memory, on whatever device they are, or multiply what would change.
 
-On CUDA the Triton kernels of nps_compress.kernels, on the CPU numba, with the same bits. What is
-changed, ``Tensors`` and the ``Changes`` of a task, are in nps_compress.kernels.table.
+On CUDA the Triton kernels of nps_compress.kernels, on the CPU numba: rebuild, exchange and switch
+with the same bits, delta_matmul within its bound. What is changed, ``Tensors``, and the
+``Changes`` of a task or several ``Tasks``, are in nps_compress.kernels.table.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy.typing as npt
 from nps_compress._jit import jit
 from nps_compress._threads import workers
 from nps_compress.codecs import BIT_COUNTS, BIT_POSITIONS, Positions
-from nps_compress.dtypes import BY_NAME, Words
+from nps_compress.dtypes import BY_NAME, Words, to_float32
 from nps_compress.kernels import form as forms
 from nps_compress.kernels import table
 from nps_compress.sign_codec import Float32, add_changes
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from nps_compress.kernels.form import Factors, Form
-    from nps_compress.kernels.table import Changes, Tensors
+    from nps_compress.kernels.table import Changes, Tasks, Tensors
 
 _BLOCKS = 64  # of a tensor that are changed at once: 2^20 elements
 _ESCAPE, _BLOCK, _MASK_TILE = forms.ESCAPE, forms.BLOCK, forms.MASK_TILE
@@ -111,6 +112,70 @@ def switch(
     _for_each_span(left.tensors, run)
 
 
+def delta_matmul(
+    tasks: Tasks, number: int, x: torch.Tensor, y: torch.Tensor, starts: torch.Tensor
+) -> None:
+    """y += x Δᵀ, where Δ is what each row's own task changes in tensor ``number``, none active.
+
+    The tensor is a matrix of [N, K]. x: [batch, K]; y: [batch, N]; both bfloat16, float16 or
+    float32, with any strides. starts: [tasks + 1] int32, ascending: the rows of task i are
+    starts[i] to starts[i + 1]; those before the first and from the last on have no task.
+
+    Δ of signs and grids is what they add before the sum is rounded to the weight's dtype; of new
+    words their float32 difference to the base's. One that is not finite makes its output so. Sums
+    are float32: |error| <= 2^-20 (8 + k) sum |x Δ| for k changed elements in a weight's row, before
+    y is rounded to its dtype.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that don't fit.
+    """
+    if tasks.tensors.device.type == "cuda":
+        from nps_compress.kernels.delta_matmul import delta_matmul as on_device
+
+        on_device(tasks, number, x, y, starts)
+        return
+    import torch
+
+    table.check_matmul(tasks, number, x, y, starts)
+    (batch, columns), outputs = x.shape, y.shape[1]
+    bounds = [min(max(start, 0), batch) for start in starts.tolist()]
+    at_once = max(1, _BLOCKS * _BLOCK // max(columns, 1))  # rows of the weight
+    with ThreadPoolExecutor(workers()) as pool:
+        for changes, first, end in zip(tasks.changes, bounds[:-1], bounds[1:], strict=True):
+            if first >= end or changes.forms[number] is None:
+                continue
+            of_task = np.ascontiguousarray(x.detach()[first:end].float().numpy().T)
+            totals = np.zeros((outputs, end - first), np.float32)
+            parts = [
+                pool.submit(_multiply, changes, number, at, of_task, totals[at : at + at_once])
+                for at in range(0, outputs, at_once)
+            ]
+            for part in parts:
+                part.result()
+            target = y.detach()[first:end]
+            target.copy_(target.float() + torch.from_numpy(totals.T))
+
+
+def _multiply(changes: Changes, number: int, output: int, x: Float32, totals: Float32) -> None:
+    """Add products of the rows of a weight from ``output`` on. x: [K, n]; totals: [rows, n]."""
+    numel = changes.tensors.words[number].numel()
+    first, end = output * len(x), (output + len(totals)) * len(x)
+    whole = slice(first // _BLOCK * _BLOCK, min(-(-end // _BLOCK) * _BLOCK, numel))
+    found = _kept(changes, number, whole)
+    if found is None:
+        return
+    form, positions, ranks = found
+    if isinstance(form.values, forms.Words):
+        kind = _DTYPES[changes.tensors.float_kind]
+        before = to_numpy(changes.tensors.words[number][whole])[positions]
+        with np.errstate(invalid="ignore", over="ignore"):
+            numbers = to_float32(to_numpy(form.values.words[ranks]), kind)
+            numbers = numbers - to_float32(before, kind)
+    else:
+        numbers = _numbers(form, whole.start, positions, ranks)
+    _add_products(positions, numbers, first - whole.start, x, totals)
+
+
 def _for_each_span(tensors: Tensors, run: Callable[[int, slice], None]) -> None:
     size = _BLOCKS * _BLOCK
 
@@ -178,6 +243,12 @@ def _move(
     form: Form, tensors: Tensors, start: int, positions: Positions, ranks: slice, words: Words
 ) -> None:
     """Add changes that are numbers. words: [n] from element ``start`` on."""
+    numbers = _numbers(form, start, positions, ranks)
+    add_changes(positions, numbers, words, words, _DTYPES[tensors.float_kind])
+
+
+def _numbers(form: Form, start: int, positions: Positions, ranks: slice) -> Float32:
+    """How far signs or a grid move what is kept. positions: [n] from ``start`` on -> [n]."""
     numbers = np.empty(positions.size, np.float32)
     values = form.values
     if isinstance(values, forms.Signs):
@@ -189,7 +260,7 @@ def _move(
         _look_up(*_arrays(values.steps), start, positions, numbers)
         with np.errstate(over="ignore", invalid="ignore"):
             numbers *= values.levels[ranks].numpy()
-    add_changes(positions, numbers, words, words, _DTYPES[tensors.float_kind])
+    return numbers
 
 
 def _arrays(factors: Factors) -> tuple[npt.NDArray[Any], npt.NDArray[Any], Float32, int]:
@@ -300,3 +371,21 @@ def _products(  # type: ignore[no-untyped-def]
         out[i] = np.uint32(size.view(np.uint32) ^ sign).view(
             np.float32
         )  # no branch: signs are random
+
+
+@jit
+def _add_products(positions, numbers, first, x, totals):  # type: ignore[no-untyped-def]
+    columns, rows = x.shape
+    output, output_end = -1, np.int64(first)
+    for i in range(positions.size):
+        position = np.int64(positions[i])
+        if position < first:
+            continue
+        while position >= output_end:
+            output += 1
+            output_end += columns
+        if output == len(totals):
+            break
+        column = position - output_end + columns
+        for row in range(rows):
+            totals[output, row] += numbers[i] * x[column, row]

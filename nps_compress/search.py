@@ -57,7 +57,56 @@ class Memory:
 
 
 # Scores of a generation's candidates, in their order.
-Evaluate = Callable[[Sequence[Factors], Memory], Sequence[float]]
+Evaluate = Callable[[Sequence[Any], Memory], Sequence[float]]
+
+
+class Journal:
+    """What a search has measured, a generation at a time; with ``state`` in a file as well.
+
+    A file of the same ``settings`` is taken up again: the generations that it holds are answered
+    from it, and what was put into the memory of the next one is there.
+
+    Raises:
+        RecipeError: the file belongs to another search or is not readable.
+    """
+
+    def __init__(self, state: Path | None, settings: Mapping[str, Any]) -> None:
+        self.history: list[list[float]] = []
+        self._state, self._settings = state, settings
+        self._known, self._begun, self.kept = (
+            _read_state(state, settings) if state else ([], {}, {})
+        )
+
+    def score(self, candidates: Sequence[Any], evaluate: Evaluate) -> list[float]:
+        """The scores of the next generation; minus infinity where one is not a number."""
+        if len(self.history) < len(self._known):
+            found = self._known[len(self.history)]
+        else:
+            memory = Memory(self._begun, self.kept, self._save)
+            found = [float(fitness) for fitness in evaluate(candidates, memory)]
+            found = [-math.inf if math.isnan(fitness) else fitness for fitness in found]
+            self.kept.update(memory.later)
+        self.history.append(found)
+        if len(self.history) > len(self._known):
+            self._begun.clear()
+            self._save()
+        return found
+
+    def interrupted(self) -> SearchInterruptedError:
+        """The error for Ctrl-C; everything measured so far is in the file."""
+        anything = self._state and (self.history or self._begun)
+        return SearchInterruptedError(self._state if anything else None, len(self.history) - 1)
+
+    def _save(self) -> None:
+        if self._state:
+            done = {
+                "settings": self._settings,
+                "fitness": self.history,
+                "begun": self._begun,
+                "kept": self.kept,
+            }
+            told = {"nps_search": _STATE_VERSION, "sha256": _digest(done)}
+            write_json(self._state, told | done, force=True)
 
 
 @dataclass(frozen=True)
@@ -133,32 +182,14 @@ def search(
         "sigma": sigma,
         "seed": seed,
     }
-    known, begun, kept = _read_state(state, settings) if state else ([], {}, {})
+    journal = Journal(state, settings)
     strategy = _strategy(dimensions, population, sigma, seed)
-
     best: tuple[float, Factors] = (-math.inf, ())
-    history: list[list[float]] = []
-
-    def save() -> None:
-        if state:
-            done = {"settings": settings, "fitness": history, "begun": begun, "kept": kept}
-            told = {"nps_search": _STATE_VERSION, "sha256": _digest(done)}
-            write_json(state, told | done, force=True)
 
     def score(xs: Sequence[Sequence[float]]) -> list[float]:
         nonlocal best
         candidates = [tuple(math.exp(value) for value in x) for x in xs]
-        if len(history) < len(known):
-            found = known[len(history)]
-        else:
-            memory = Memory(begun, kept, save)
-            found = [float(fitness) for fitness in evaluate(candidates, memory)]
-            found = [-math.inf if math.isnan(fitness) else fitness for fitness in found]
-            kept.update(memory.later)
-        history.append(found)
-        if len(history) > len(known):
-            begun.clear()
-            save()
+        found, history = journal.score(candidates, evaluate), journal.history
         for fitness, candidate in zip(found, candidates, strict=True):
             if fitness > best[0] or not best[1]:
                 best = (fitness, candidate)
@@ -170,12 +201,12 @@ def search(
         for _ in range(generations):
             xs = strategy.ask()
             strategy.tell(xs, [_cost(fitness) for fitness in score(xs)])
-            if strategy.stop() or _stands_still(history, patience):
+            if strategy.stop() or _stands_still(journal.history, patience):
                 break
     except KeyboardInterrupt:
-        anything = state and (history or begun)
-        raise SearchInterruptedError(state if anything else None, len(history) - 1) from None
-    return SearchResult(best[1], best[0], history[0][0], history, kept)
+        raise journal.interrupted() from None
+    history = journal.history
+    return SearchResult(best[1], best[0], history[0][0], history, journal.kept)
 
 
 def _stands_still(history: Sequence[Sequence[float]], patience: int) -> bool:

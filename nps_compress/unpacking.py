@@ -6,10 +6,10 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol, TypeVar
 
 from blake3 import blake3
 
@@ -29,7 +29,7 @@ from nps_compress.checkpoint import (
     encode_header,
     open_checkpoint,
 )
-from nps_compress.dtypes import Words, digest, octets
+from nps_compress.dtypes import DType, Words, digest, octets
 from nps_compress.errors import BaseMismatchError, FormatError, InvalidArgumentError
 from nps_compress.format.layout import Op
 from nps_compress.format.reader import NpsReader
@@ -48,6 +48,22 @@ Place = tuple[Path, int]  # a file that is there, and an offset in it
 
 _CHUNK_BYTES = 64 << 20  # a chunk of two-byte words in work, with its positions
 _OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+
+
+class Shaped(Protocol):
+    """A tensor to write: of a file or of a checkpoint."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def dtype(self) -> DType: ...  # noqa: D102
+    @property
+    def numel(self) -> int: ...  # noqa: D102
+    @property
+    def shape(self) -> tuple[int, ...]: ...  # noqa: D102
+
+
+S = TypeVar("S", bound=Shaped)
 
 
 @dataclass(frozen=True)
@@ -98,7 +114,7 @@ def unpack(
     out = Path(out)
     if max_shard_bytes < 1:
         raise InvalidArgumentError("max shard size", max_shard_bytes, "at least 1 byte")
-    refuse_unrelated_content(out, force, _is_ours)
+    refuse_unrelated_content(out, force, is_ours)
     base_ = open_checkpoint(base)
     refuse_input_as_output(out, [base_.path, Path(task)])
     with open_task(task) as task_:
@@ -106,32 +122,42 @@ def unpack(
         nbytes = sum(_nbytes(entry) for entry in task_.reader.tensors)
         refuse_too_large(out, nbytes, max_bytes)
         side_files = dict(side_files_of(task_, base_))
-        shards = _shards(task_.reader.tensors, max_shard_bytes)
+        shards = shards_of(task_.reader.tensors, max_shard_bytes)
         with (
-            atomic_directory(out, force, _is_ours) as folder,
+            atomic_directory(out, force, is_ours) as folder,
             bar(len(task_.entries), "unpacking", "tensor", progress) as advance,
         ):
-            places = {}
-            for file, entries in shards.items():
-                header = encode_header([(e.name, e.dtype, e.shape) for e in entries], _HEADER)
-                (folder / file).write_bytes(header)
-                end = len(header)
-                for entry in entries:
-                    places[entry.name] = (folder / file, end)
-                    end += _nbytes(entry)
-                os.truncate(folder / file, end)
+            places = write_headers(folder, shards)
             digests = {}
             for entry, found in rebuild_each(task_, base_, task_.reader.tensors, places):
                 digests[entry.name] = found
                 advance()
             check_content(task_, base_, digests, side_files)
-            if len(shards) > 1:
-                index = json.dumps(_shard_index(shards), indent=2)
-                (folder / WEIGHTS_INDEX).write_text(index, encoding="utf-8")
             written = {name: data for name, data in side_files.items() if name in SIDE_FILES}
             for name, data in written.items():
                 (folder / name).write_bytes(data)
     return UnpackReport(out, len(task_.entries), nbytes, tuple(written))
+
+
+def unpack_side_files(
+    base: str | Path, task: str | Path, out: str | Path, *, force: bool = False
+) -> tuple[str, ...]:
+    """Write what :func:`unpack` writes beside the weights: configuration and tokenizer.
+
+    -> their names. For engines that rebuild the weights themselves.
+
+    Raises:
+        OutputExistsError, CheckpointError, FormatError, BaseMismatchError, WriteError.
+    """
+    out = Path(out)
+    refuse_unrelated_content(out, force, is_ours)
+    base_ = open_checkpoint(base)
+    refuse_input_as_output(out, [base_.path, Path(task)])
+    with open_task(task) as task_, atomic_directory(out, force, is_ours) as folder:
+        files = {name: data for name, data in side_files_of(task_, base_) if name in SIDE_FILES}
+        for name, data in files.items():
+            (folder / name).write_bytes(data)
+    return tuple(files)
 
 
 def verify(
@@ -241,7 +267,7 @@ def rebuild_each(
         FormatError, BaseMismatchError, CheckpointError; OSError: a place can't be written.
     """
 
-    def run(entry: TensorEntry) -> bytes:
+    def run(entry: TensorEntry, places: Mapping[str, Place] | None = places) -> bytes:
         base_name = task.base_tensor_name(entry.name)
         before = base.tensors[base_name].read_into if base_name else None
         found = blake3()
@@ -250,15 +276,20 @@ def rebuild_each(
                 found.update(octets(words))
                 if stream:
                     stream.write(words.data)
+        if not found.digest().startswith(entry.digest):
+            raise first_difference(task, base) or task.damaged(entry.name)
         return found.digest()
 
+    entries = list(entries)
     # The largest first, so that no core has one left when the others are done.
     ordered = sorted(entries, key=_nbytes, reverse=True)
-    done = bounded_map(run, ordered, lambda entry: 1, 4 * workers())
-    for entry, found in zip(ordered, done, strict=True):
-        if not found.startswith(entry.digest):
-            raise first_difference(task, base) or task.damaged(entry.name)
-        yield entry, found
+    try:
+        done = bounded_map(run, ordered, lambda entry: 1, 4 * workers())
+        yield from zip(ordered, done, strict=True)
+    except FormatError:
+        for entry in entries:  # which of several faults is told does not depend on sizes
+            run(entry, None)
+        raise
 
 
 @contextlib.contextmanager
@@ -366,17 +397,18 @@ def side_files_of(task: Task, base: Checkpoint) -> Iterator[tuple[str, bytes]]:
         yield entry.name, data
 
 
-def _is_ours(name: str) -> bool:
+def is_ours(name: str) -> bool:
+    """Whether a folder of ours may hold a file of this name."""
     return name in SIDE_FILES or name == WEIGHTS_INDEX or _OURS.fullmatch(name) is not None
 
 
-def _nbytes(entry: TensorEntry) -> int:
+def _nbytes(entry: Shaped) -> int:
     return entry.numel * entry.dtype.itemsize
 
 
-def _shards(entries: Iterable[TensorEntry], max_shard_bytes: int) -> dict[str, list[TensorEntry]]:
+def shards_of(entries: Iterable[S], max_shard_bytes: int) -> dict[str, list[S]]:
     """File name -> its tensors; within a file wide elements come first, so that all are aligned."""
-    groups: list[list[TensorEntry]] = [[]]
+    groups: list[list[S]] = [[]]
     size = 0
     for entry in entries:
         if groups[-1] and size + _nbytes(entry) > max_shard_bytes:
@@ -395,7 +427,24 @@ def _shards(entries: Iterable[TensorEntry], max_shard_bytes: int) -> dict[str, l
     }
 
 
-def _shard_index(shards: dict[str, list[TensorEntry]]) -> dict[str, object]:
+def write_headers(folder: Path, shards: Mapping[str, Sequence[Shaped]]) -> dict[str, Place]:
+    """Make weight files of the right size, and their index. -> where each tensor's bytes go."""
+    places = {}
+    for file, entries in shards.items():
+        header = encode_header([(e.name, e.dtype, e.shape) for e in entries], _HEADER)
+        (folder / file).write_bytes(header)
+        end = len(header)
+        for entry in entries:
+            places[entry.name] = (folder / file, end)
+            end += _nbytes(entry)
+        os.truncate(folder / file, end)
+    if len(shards) > 1:
+        index = json.dumps(_shard_index(shards), indent=2)
+        (folder / WEIGHTS_INDEX).write_text(index, encoding="utf-8")
+    return places
+
+
+def _shard_index(shards: Mapping[str, Sequence[Shaped]]) -> dict[str, object]:
     total = sum(_nbytes(entry) for entries in shards.values() for entry in entries)
     return {
         "metadata": {"total_size": total},

@@ -50,7 +50,9 @@ def bits(tensor: torch.Tensor) -> bytes:
     """The bytes of a tensor, to compare bit for bit."""
     if not tensor.numel():  # its stride may be 0, which torch does not view
         return b""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    words = tensor.detach().contiguous()
+    # The stride of a single element may be anything, contiguous or not.
+    return words.as_strided((words.numel(),), (1,)).view(torch.uint8).numpy().tobytes()
 
 
 def changed_in_place(task, name: str, base: torch.Tensor) -> bytes:

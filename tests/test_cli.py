@@ -19,8 +19,8 @@ import nps_compress
 from nps_compress.cli import main
 
 COMMANDS = [
-    *("bench", "bundle", "card", "export", "import", "inspect", "pack", "search", "unpack"),
-    "verify",
+    *("bench", "bundle", "card", "export", "import", "inspect", "merge", "pack", "search", "serve"),
+    *("transfer", "unpack", "verify"),
 ]
 
 

@@ -10,6 +10,7 @@ import re
 import pytest
 from conftest import ROOT
 
+import nps_compress
 from nps_compress import codecs, entropy_coding, mask_coding, rank_one, sign_codec, ulp_coding
 from nps_compress.cli import main
 from nps_compress.codecs import MaskCodec, ValueCodec
@@ -25,9 +26,15 @@ SPEC = (ROOT / "format_spec" / "SPEC.md").read_text()
 def test_readme_example_runs(tiny, tmp_path, monkeypatch):
     tiny[1].rename(tmp_path / "law")
     monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    code = re.findall(r"```python\n(.*?)```", README, re.S)[0]
     exec(compile(code, "README.md", "exec"), {})
     assert (tmp_path / "law-rebuilt" / "model.safetensors").exists()
+
+
+def test_readme_names_exist():
+    for code in re.findall(r"```python\n(.*?)```", README, re.S):
+        for name in re.findall(r"nps_compress\.(\w+)", code):
+            assert hasattr(nps_compress, name)
 
 
 @pytest.mark.parametrize("command", sorted(main.commands))
@@ -38,7 +45,7 @@ def test_readme_shows_every_command(command):
 def test_readme_options_exist():
     commands = [*main.commands.values(), *main.commands["bundle"].commands.values()]
     options = {o for c in commands for p in c.params for o in p.opts} | {"--help"}
-    readme = re.sub(r"`python benchmarks/.*?`", "", README)  # they have options of their own
+    readme = re.sub(r"`python benchmarks/.*?`|^vllm serve .*$", "", README, flags=re.M)  # not ours
     assert set(re.findall(r"--[a-z][a-z-]+", readme)) <= options
 
 

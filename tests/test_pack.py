@@ -26,6 +26,7 @@ from nps_compress import (
     WriteError,
 )
 from nps_compress.checkpoint import open_checkpoint
+from nps_compress.format.reader import NpsReader
 
 
 def load(folder: Path) -> dict[str, torch.Tensor]:
@@ -574,3 +575,23 @@ def test_checkpoints_that_cannot_be_stored(tiny, tmp_path):
         nps_compress.pack("x" * 300, tiny[1], tmp_path / "t.nps")
     with pytest.raises(WriteError, match="too long"):
         nps_compress.pack(*tiny, tmp_path / ("x" * 300))
+
+
+@pytest.mark.parametrize("check", [nps_compress.unpack, nps_compress.verify])
+def test_of_two_faults_the_first_in_the_file_is_told(tmp_path, check):
+    base = {"a": torch.zeros(64), "b": torch.zeros(4096)}
+    paths = {}
+    for name, tensors in (("base", base), ("tuned", {n: torch.randn_like(base[n]) for n in base})):
+        paths[name] = tmp_path / f"{name}.safetensors"
+        save_file(tensors, paths[name])
+    task, out = tmp_path / "t.nps", tmp_path / "out"
+    nps_compress.pack(paths["base"], paths["tuned"], task, lossless=True)
+    data = bytearray(task.read_bytes())
+    with NpsReader(task) as reader:
+        for entry in reader.tensors:
+            data[int(reader._index.offsets[entry.first_chunk]) + 20] ^= 1
+    task.write_bytes(data)
+    arguments = [paths["base"], task, *([out] if check is nps_compress.unpack else [])]
+    with pytest.raises(FormatError, match="of 'a' is damaged"):
+        check(*arguments)
+    assert not out.exists()

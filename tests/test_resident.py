@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,9 +20,20 @@ import torch
 from conftest import bits, write_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_forms import (
+    FLOATS,
+    GUARD,
+    SIGNED,
+    guarded,
+    lies,
+    random_form,
+    random_tensor,
+    random_words,
+)
 
 import nps_compress
 from nps_compress import resident
+from nps_compress._threads import workers
 from nps_compress.errors import BaseMismatchError, FormatError, InvalidArgumentError
 from nps_compress.kernels import form as forms
 from nps_compress.kernels import reference
@@ -34,8 +46,6 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Overflow and NaN are cases of the tests; numpy, which interprets, warns of them.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-FLOATS = [torch.bfloat16, torch.float16, torch.float32]
-SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 SIZES = [(0, 3), (1, 1), (3, 11), (1, BLOCK - 1), (5, (BLOCK + 1025) // 5)]
 
 
@@ -69,56 +79,6 @@ def way_of(name: str) -> Way:
 )
 def way(request) -> Way:
     return way_of(request.param)
-
-
-def random_words(rng, numel: int, itemsize: int) -> torch.Tensor:
-    return torch.from_numpy(np.frombuffer(rng.bytes(numel * itemsize), f"<i{itemsize}").copy())
-
-
-def random_tensor(rng, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-    """Random numbers, then random bits, then special values."""
-    numel = shape[0] * shape[1]
-    tensor = torch.from_numpy(rng.normal(0, 0.05, numel)).to(dtype)
-    anything = random_words(rng, numel // 2, dtype.itemsize).view(dtype)
-    tensor[: len(anything)] = anything
-    if dtype.is_floating_point:
-        largest = torch.finfo(dtype).max
-        values = [float("nan"), float("inf"), -float("inf"), -0.0, 0.0, largest, -largest]
-        special = torch.tensor(values, dtype=torch.float64).to(dtype)
-        tensor[: min(len(special), numel)] = special[:numel]
-    return tensor.reshape(shape)
-
-
-def random_factors(rng, rows: int, columns: int, centre: int) -> Factors:
-    gain = np.float32(rng.uniform(0.5, 2))
-    with np.errstate(over="ignore"):
-        table = POWERS * gain
-    exponents = (rng.integers(-9, 10, size) + centre // 2 for size in (rows, columns))
-    return Factors.of(*exponents, table)
-
-
-def random_values(rng, kind: str, nnz: int, shape: tuple[int, int], dtype: torch.dtype):
-    if kind == "words":
-        return Words(random_words(rng, nnz, dtype.itemsize))
-    # From changes that no dtype can hold to such as vanish beside a subnormal.
-    centre = int(rng.choice([-20, -20, -48, -100, 30, 120]))
-    if kind == "grid":
-        levels = torch.from_numpy(rng.integers(-127, 128, nnz).astype(np.int8))
-        return Grid(levels, random_factors(rng, *shape, centre))
-    minus = torch.from_numpy(rng.integers(0, 256, -(-nnz // 8)).astype(np.uint8))
-    other = random_factors(rng, *shape, 6)
-    return Signs(minus, random_factors(rng, *shape, centre), other)
-
-
-def random_form(rng, kind: str, density: float, tensor: torch.Tensor, in_mask=None) -> Form:
-    numel = tensor.numel()
-    positions = np.flatnonzero(rng.random(numel) < density)
-    values = random_values(rng, kind, positions.size, tuple(tensor.shape), tensor.dtype)
-    found = form_of(numel, positions, values)
-    if in_mask is not None:
-        make = forms.mask_of if in_mask else forms.gaps_of
-        found = replace(found, places=make(numel, positions))
-    return found
 
 
 def poison(like: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -307,46 +267,6 @@ def test_rebuild_may_write_in_place(way, rng):
 # -- forms that lie ---------------------------------------------------------------------------
 
 
-GUARD = 64
-
-
-def guarded(words: torch.Tensor, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Memory that has poison on both sides of a tensor, and the tensor in it."""
-    whole = torch.full((words.numel() + 2 * GUARD,), 0x5A, dtype=words.dtype, device=device)
-    part = whole[GUARD : GUARD + words.numel()]
-    part.copy_(words)
-    return whole, part
-
-
-def lies(honest: Form) -> dict[str, Form]:
-    """What a form can say that is wrong, each with what follows from it in bounds of its parts."""
-    places = honest.places
-    if isinstance(places, Mask):
-        counts = places.counts.clone()
-        counts[-1] += honest.nnz
-        far = places.counts.clone()
-        far[0] = -1
-        return {
-            "too many": replace(honest, places=replace(places, counts=counts)),
-            "2^32 - 1 before": replace(honest, places=replace(places, counts=far)),
-        }
-    gaps, anchors = places.gaps.clone(), places.anchors.clone()
-    gaps[-1] = 254
-    changed = {"past the end": replace(places, gaps=gaps)}
-    changed["past the block"] = replace(places, gaps=torch.full_like(gaps, 250))
-    for name, at, value in (
-        ("entries that are not there", (-1, 0), 1 << 30),
-        ("2^32 - 1 entries", (-1, 0), -1),
-        ("a block that ends before it begins", (1, 0), -1),
-        ("ranks that are not there", (1, 1), 1 << 30),
-        ("2^32 - 1 ranks", (0, 1), -1),
-    ):
-        wrong = anchors.clone()
-        wrong[at] = value
-        changed[name] = replace(places, anchors=wrong)
-    return {name: replace(honest, places=each) for name, each in changed.items()}
-
-
 @pytest.mark.parametrize("kind", ["words", "signs"])
 @pytest.mark.parametrize("in_mask", [False, True])
 def test_a_form_that_lies_writes_nothing_out_of_bounds(way, rng, kind, in_mask):
@@ -364,8 +284,9 @@ def test_a_form_that_lies_writes_nothing_out_of_bounds(way, rng, kind, in_mask):
         old_whole, old = guarded(torch.zeros(changes.old_words, dtype=torch.int16), way.device)
         out_whole, out = guarded(torch.zeros(tensor.numel(), dtype=torch.int16), way.device)
         way.rebuild(changes, Tensors([out.view(torch.bfloat16)]))
-        assert changes.fault.item(), name
-        changes.fault.zero_()
+        with pytest.raises(InvalidArgumentError, match="places or values beyond them"):
+            changes.check()
+        changes.check()  # reported once
         way.exchange(changes, old)
         assert changes.fault.item(), name
         way.exchange(changes, old, undo=True)
@@ -561,6 +482,54 @@ def test_tasks_of_every_rule(way, tmp_path, rng, name):
     assert kinds == fits_bytes.get(name, kinds)
 
 
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_forms_of_all_tensors_are_those_of_each(tmp_path, rng, name, device):
+    base, *folders = model_pair(tmp_path, rng)
+    nps_compress.pack(*folders, tmp_path / "t.nps", **RECIPES[name])
+    with nps_compress.open(tmp_path / "t.nps") as task:
+        bases = {each: base.get(each) for each in task.names}
+        found = task.forms(bases, device)
+        assert list(found) == task.names
+        for each, made in found.items():
+            wanted = task.form(each, bases[each])
+            assert made.device.type == device
+            pairs = zip(forms.parts_of(made), forms.parts_of(wanted), strict=True)
+            assert all(bits(one.cpu()) == bits(other) for one, other in pairs)
+            assert (made.numel, made.nnz) == (wanted.numel, wanted.nnz)
+        assert task.forms({}, device) == {}
+
+
+@pytest.mark.skipif(workers() < 2, reason="needs two cores")
+def test_forms_are_made_at_the_same_time(tmp_path, rng, monkeypatch):
+    _, *folders = model_pair(tmp_path, rng)
+    nps_compress.pack(*folders, tmp_path / "t.nps", recipe=Recipe(prune="signs", density=0.1))
+    names = ["b.matrix", "h.matrix", "f.matrix", "new"]
+    both = threading.Barrier(2)
+    chunks = nps_compress.Task._chunks
+
+    def meets(task, entry):
+        both.wait(timeout=60)
+        return chunks(task, entry)
+
+    with nps_compress.open(tmp_path / "t.nps") as task:
+        monkeypatch.setattr(nps_compress.Task, "_chunks", meets)
+        assert list(task.forms(dict.fromkeys(names), "cpu")) == names
+
+
+def test_forms_report_what_form_does(tmp_path, rng):
+    base, *folders = model_pair(tmp_path, rng)
+    nps_compress.pack(*folders, tmp_path / "t.nps", lossless=True)
+    with nps_compress.open(tmp_path / "t.nps") as task:
+        names = ["b.matrix", "h.matrix"]
+        with pytest.raises(InvalidArgumentError, match=r"the base tensor for 'h\.matrix'"):
+            task.forms({"b.matrix": base["b.matrix"], "h.matrix": None}, "cpu")
+        with pytest.raises(BaseMismatchError, match="other values"):
+            task.forms({name: torch.zeros_like(base[name]) for name in names}, "cpu")
+        with pytest.raises(InvalidArgumentError, match="tensor name"):
+            task.forms({"nowhere": None}, "cpu")
+
+
 def test_a_file_against_another_base(tmp_path, rng):
     base, *folders = model_pair(tmp_path, rng)
     nps_compress.pack(*folders, tmp_path / "t.nps", lossless=True)
@@ -612,24 +581,35 @@ COMPILE = """
 import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from nps_compress.kernels import exchange, rebuild, switch, table
+from nps_compress.kernels import delta_matmul, exchange, rebuild, switch, table
 WORDS = {table.INTEGER: tl.int64, table.BF16: tl.int16, table.F16: tl.int16, table.F32: tl.int32}
 KERNELS = {
     exchange._exchange_kernel: WORDS,
     rebuild._rebuild_kernel: (table.INTEGER, table.BF16),
     switch._switch_kernel: (table.F16,),
+    delta_matmul._delta_matmul_kernel: (table.BF16, table.F32),
 }
+NUMBERS = ("number", "tensors", "tasks", "batch", "outputs", "columns")
 for kernel, kinds in KERNELS.items():
     for kind in kinds:
         word = WORDS[kind]
         options = {"WORD": word, "FLOAT": kind, "ALIGNED": True, "SEARCH": 9, "UNDO": False}
+        # Two of the variants that occur: masks and gaps in decoding, gaps in prefill.
+        options |= {"MASKS": kind == table.BF16, "GAPS": True}
+        options |= {"ROWS": 16, "WARPS": 4} if kind == table.BF16 else {"ROWS": 64, "WARPS": 8}
         constants = {name: options[name] for name in kernel.arg_names if name in options}
-        types = {name: "*i64" for name in kernel.arg_names} | {"tensors": "i32"}
-        types |= {name: "*i32" for name in types if "fault" in name}
+        types = {name: "*i64" for name in kernel.arg_names}
+        types |= {name: "i32" for name in types if name in NUMBERS or "stride" in name}
+        types |= {name: "*i32" for name in types if "fault" in name or "starts" in name}
+        types |= {name: "*bf16" for name in ("x_ptr", "y_ptr") if name in types}
         types |= {name: f"*i{word.primitive_bitwidth}" for name in types if "old" in name}
         types |= dict.fromkeys(constants, "constexpr")
         source = ASTSource(fn=kernel, signature=types, constexprs=constants)
-        target, flags = GPUTarget("cuda", 90, 32), {"num_warps": 4, "enable_fp_fusion": False}
+        warps = options["WARPS"] if "WARPS" in constants else 4
+        flags = {"num_warps": warps, "enable_fp_fusion": False}
+        if kind != table.INTEGER and kernel is not delta_matmul._delta_matmul_kernel:
+            flags["maxnreg"] = 128
+        target = GPUTarget("cuda", 90, 32)
         made = triton.compile(source, target=target, options=flags)
         print("KERNEL", kernel.__name__, kind, len(made.asm["cubin"]))
         print(made.asm["ptx"])
@@ -643,13 +623,14 @@ def test_kernels_compile_for_a_card_without_one():
         [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=True
     )
     kernels = done.stdout.split("KERNEL ")[1:]
-    assert len(kernels) == 7
+    assert len(kernels) == 9
     for text in kernels:
         title = text.splitlines()[0]
         _, kind, size = title.split()
         assert int(size) > 0, title
         assert not re.search(r"\bfma\.|\.ftz", text), title
         assert bool(re.search(r"\bmul\.(rn\.)?f32", text)) == (int(kind) != INTEGER), title
+        assert ("mma.sync" in text) == title.startswith("_delta_matmul"), title
         if title.startswith("_rebuild"):
             assert re.search(r"ld\.global\.v[24]\.b(32|64)", text), title
             assert re.search(r"st\.global\.v[24]\.b(32|64)", text), title
@@ -704,3 +685,17 @@ def test_task_rebuilds_on_the_device_of_its_base(tiny, tmp_path):
                 found = task.rebuild(name, base[source].cuda())
                 assert found.is_cuda
                 assert bits(found.cpu()) == bits(tuned[name])
+
+
+@pytest.mark.gpu
+def test_a_wrong_form_on_the_device_is_an_error_of_ours(tiny, tmp_path, monkeypatch):
+    from safetensors.torch import load_file
+
+    nps_compress.pack(*tiny, tmp_path / "t.nps", lossless=True)
+    base = load_file(tiny[0] / "model.safetensors")["layer.mlp"].cuda()
+    with nps_compress.open(tmp_path / "t.nps") as task:
+        honest = task.form("layer.mlp", base.cpu())
+        for wrong in lies(honest).values():
+            monkeypatch.setattr(task, "form", lambda *_, form=wrong: form.to("cuda"))
+            with pytest.raises(InvalidArgumentError, match="places or values beyond them"):
+                task.rebuild("layer.mlp", base, verify=False)

@@ -55,6 +55,9 @@ def launch_options(tensors: table.Tensors) -> dict[str, object]:
         "SEARCH": max(1, (len(tensors.words) - 1).bit_length()),
         "num_warps": 4,
         "enable_fp_fusion": False,
+        # Compiled for Hopper what adds numbers takes up to 150, and 128 without a spill: then four
+        # programs fit a multiprocessor, not three.
+        "maxnreg": None if tensors.float_kind == table.INTEGER else 128,
     }
 
 
@@ -132,7 +135,7 @@ def mask_tile(  # type: ignore[no-untyped-def]
     found = before.to(tl.int64) & _LOW_32
     rank = tl.cumsum(kept, 0) - kept
     fits = rank < _bounded(nnz - found)
-    report((kept != 0) & (fits == 0), lane, fault_ptr)
+    report((kept != 0) & (fits == 0), fault_ptr)
     return tile * MASK_TILE + lane, (kept != 0) & fits, found, rank
 
 
@@ -176,16 +179,16 @@ def gap_tile(  # type: ignore[no-untyped-def]
     local = passed + (upto & _STEPS) - 1
     rank = (upto >> _KEPT_BITS) - kept
     fits = (local < _bounded(numel - start)) & (rank < _bounded(nnz - found))
-    report((kept != 0) & (fits == 0), lane, fault_ptr)
+    report((kept != 0) & (fits == 0), fault_ptr)
     total = tl.sum(both, 0)
     passed = tl.minimum(passed + (total & _STEPS), _BLOCK)
     return local, (kept != 0) & fits, rank, passed, total >> _KEPT_BITS
 
 
 @triton.jit
-def report(wrong, lane, fault_ptr):  # type: ignore[no-untyped-def]
+def report(wrong, fault_ptr):  # type: ignore[no-untyped-def]
     """Set the fault where anything is wrong."""
-    tl.store(fault_ptr + lane * 0, 1, mask=wrong)
+    tl.store(fault_ptr + wrong.to(tl.int32) * 0, 1, mask=wrong)
 
 
 @triton.jit
@@ -217,17 +220,23 @@ def moved(  # type: ignore[no-untyped-def]
     if FLOAT == _INTEGER:
         return word
     else:
-        change = _change(fields, start, local, is_kept, found, rank)
+        first_row, row, column = in_matrix(start, local, tl.load(fields + _COLUMNS))
+        change = number_of(fields, first_row, row, column, is_kept, found, rank)
         return _add(word, change, WORD, FLOAT)
 
 
 @triton.jit
-def _change(fields, start, local, is_kept, found, rank):  # type: ignore[no-untyped-def]
-    columns = tl.load(fields + _COLUMNS)
+def in_matrix(start, local, columns):  # type: ignore[no-untyped-def]
+    """The row of a block's first element, and rows from there on and columns of places in it."""
     first_row = start // columns
     at = (start - first_row * columns).to(tl.int32) + local
     row = at // columns.to(tl.int32)
-    column = at - row * columns.to(tl.int32)
+    return first_row, row, at - row * columns.to(tl.int32)
+
+
+@triton.jit
+def number_of(fields, first_row, row, column, is_kept, found, rank):  # type: ignore[no-untyped-def]
+    """How far signs or a grid move what is kept. -> float32"""
     factor = _look_up(fields + _ROWS_2, first_row, row, column, is_kept)
     values = tl.load(fields + _VALUES_POINTER)
     if tl.load(fields + _VALUES) == _SIGN_VALUES:
@@ -260,19 +269,28 @@ def _look_up(part, first_row, row, column, is_kept):  # type: ignore[no-untyped-
 
 
 @triton.jit
+def to_float32(word, FLOAT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The number that a word is."""
+    if FLOAT == _BF16:
+        return ((word.to(tl.int32) & 0xFFFF) << 16).to(tl.float32, bitcast=True)
+    elif FLOAT == _F16:
+        return word.to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        return word.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _add(word, change, WORD: tl.constexpr, FLOAT: tl.constexpr):  # type: ignore[no-untyped-def]
     infinite: tl.constexpr = 0x7F80 if FLOAT == _BF16 else 0x7C00 if FLOAT == _F16 else 0x7F800000
     low: tl.constexpr = 0x7FFF if infinite < 0x8000 else 0x7FFFFFFF
+    total = (to_float32(word, FLOAT) + change).to(tl.int32, bitcast=True)
     if FLOAT == _BF16:
         before = word.to(tl.int32) & 0xFFFF
-        total = ((before << 16).to(tl.float32, bitcast=True) + change).to(tl.int32, bitcast=True)
         size = total & 0x7FFFFFFF
         size = tl.where(size < 0x7F800000, size + 0x7FFF + ((size >> 16) & 1), 0x7F800000) >> 16
         after = size | ((total >> 16) & 0x8000)
     elif FLOAT == _F16:
         before = word.to(tl.int32) & 0xFFFF
-        value = word.to(tl.float16, bitcast=True).to(tl.float32)
-        total = (value + change).to(tl.int32, bitcast=True)
         size = total & 0x7FFFFFFF
         # Under 2^-14 adding 1/2 leaves the multiples of 2^-24, to nearest even, as the low bits.
         small = (size.to(tl.float32, bitcast=True) + 0.5).to(tl.int32, bitcast=True) - 0x3F000000
@@ -281,7 +299,7 @@ def _add(word, change, WORD: tl.constexpr, FLOAT: tl.constexpr):  # type: ignore
         after = size | ((total >> 16) & 0x8000)
     else:
         before = word.to(tl.int32)
-        after = (word.to(tl.float32, bitcast=True) + change).to(tl.int32, bitcast=True)
+        after = total
     are_finite = ((before & infinite) != infinite) & ((after & infinite) != infinite)
     are_zero = ((before | after) & low) == 0
     return tl.where(are_finite & (are_zero == 0), after.to(WORD), word)

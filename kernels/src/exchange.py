@@ -97,6 +97,9 @@ def exchange(
     """
     tensors = changes.tensors
     old = changes.check_old(old)
+    options = blocks.launch_options(tensors)
+    if undo:
+        options["maxnreg"] = None  # nothing is added: fewer, if the compiler is left alone
     if tensors.programs:
         _exchange_kernel[(tensors.programs,)](
             tensors.table,
@@ -105,5 +108,5 @@ def exchange(
             changes.fault,
             len(tensors.words),
             UNDO=undo,
-            **blocks.launch_options(tensors),
+            **options,
         )

@@ -151,7 +151,7 @@ class Form:
             self._check(self.values.steps)
         if not 0 <= self.nnz <= min(self.numel, MAX_ENTRIES):
             raise ValueError(f"{self.nnz} of {self.numel} elements are kept")
-        if len({tensor.device for tensor in _tensors(self)}) > 1:
+        if len({tensor.device for tensor in parts_of(self)}) > 1:
             raise ValueError("parts of a form are on several devices")
 
     def _check(self, factors: Factors) -> None:
@@ -168,12 +168,12 @@ class Form:
     @property
     def nbytes(self) -> int:
         """Bytes it takes on its device."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(self))
+        return sum(tensor.numel() * tensor.element_size() for tensor in parts_of(self))
 
     @property
     def device(self) -> torch.device:
         """Where it is."""
-        return next(_tensors(self)).device
+        return next(parts_of(self)).device
 
     def to(self, device: torch.device | str) -> Form:
         """The same on a device: itself where it is there."""
@@ -191,13 +191,13 @@ def form_of(
     at = positions.astype(np.int64)
     if at.size and (at[0] < 0 or at[-1] >= numel or (np.diff(at) <= 0).any()):
         raise ValueError(f"positions do not ascend within {numel} elements")
-    blocks = -(-numel // BLOCK)
-    entries = at.size + int(_escapes(at).sum())
-    if entries > MAX_ENTRIES:
-        raise ValueError(f"{entries} gaps of a tensor, at most {MAX_ENTRIES} fit")
     mask_bytes = 4 * (-(-numel // 32) + -(-numel // MASK_TILE))
-    places = gaps_of if entries + 8 * (blocks + 1) < mask_bytes else mask_of
-    return Form(numel, at.size, places(numel, at), values)
+    room = min(mask_bytes - 8 * (-(-numel // BLOCK) + 1), MAX_ENTRIES + 1)  # for fewer gaps
+    if at.size < room:
+        gaps = gaps_of(numel, at)
+        if gaps.gaps.numel() < room:
+            return Form(numel, at.size, gaps, values)
+    return Form(numel, at.size, mask_of(numel, at), values)
 
 
 def mask_of(numel: int, positions: npt.NDArray[np.int64]) -> Mask:
@@ -211,28 +211,43 @@ def mask_of(numel: int, positions: npt.NDArray[np.int64]) -> Mask:
 
 def gaps_of(numel: int, positions: npt.NDArray[np.int64]) -> Gaps:
     """Ascending positions, [nnz], as gaps."""
-    escapes = _escapes(positions)
+    before = np.empty_like(positions)
+    before[:1], before[1:] = 0, positions[:-1] + 1
+    skipped = positions - np.maximum(before, positions & -BLOCK)
+    escapes = skipped // ESCAPE
     ends = np.cumsum(escapes + 1)
     gaps = np.full(int(ends[-1]) if len(ends) else 0, ESCAPE, np.uint8)
-    gaps[ends - 1] = _gaps(positions) - ESCAPE * escapes
+    gaps[ends - 1] = skipped - ESCAPE * escapes
     kept = np.searchsorted(positions, np.arange(-(-numel // BLOCK) + 1) * BLOCK)
     entries = np.concatenate([np.zeros(1, np.int64), ends])[kept]
     return Gaps(torch.from_numpy(gaps), _counts(np.stack([entries, kept], axis=1)))
 
 
-def to_device(forms: Sequence[Form], device: torch.device | str) -> list[Form]:
-    """Forms on a device, their parts copied there at once; those that are there stay."""
+def to_device(
+    forms: Sequence[Form], device: torch.device | str, stream: torch.cuda.Stream | None = None
+) -> list[Form]:
+    """Forms on a device, their parts copied there at once; those that are there stay.
+
+    stream: what copies; the current stream has to wait for it before the forms are used.
+    """
     target = torch.device(device)
     if target.type == "cuda" and target.index is None:
         target = torch.device("cuda", torch.cuda.current_device())
     away = [form for form in forms if form.device != target]
-    tensors = [tensor for form in away for tensor in _tensors(form)]
+    tensors = [tensor for form in away for tensor in parts_of(form)]
     ends = np.cumsum([0] + [-(-t.nbytes // _ALIGNMENT) * _ALIGNMENT for t in tensors])
     held = torch.empty(int(ends[-1]), dtype=torch.uint8, pin_memory=target.type == "cuda")
     starts = ends[:-1].tolist()
     for tensor, start in zip(tensors, starts, strict=True):
         held[start : start + tensor.nbytes].view(tensor.dtype).copy_(tensor.reshape(-1))
-    there = held.to(target, non_blocking=True)
+    if stream is None:
+        there = held.to(target, non_blocking=True)
+    else:
+        there = torch.empty(held.shape, dtype=held.dtype, device=target)
+        # The memory may have been freed by what the current stream is still to do.
+        stream.wait_stream(torch.cuda.current_stream(target))
+        with torch.cuda.stream(stream):
+            there.copy_(held, non_blocking=True)
     moved = iter(
         [
             there[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
@@ -254,17 +269,18 @@ def expect(name: str, tensor: torch.Tensor, dtype: torch.dtype, *shape: int | No
         )
 
 
-def _tensors(part: object) -> Iterator[torch.Tensor]:
+def parts_of(part: object) -> Iterator[torch.Tensor]:
+    """The tensors that a form, or a part of one, consists of."""
     for field in dataclasses.fields(part):  # type: ignore[arg-type]
         value = getattr(part, field.name)
         if isinstance(value, torch.Tensor):
             yield value
         elif dataclasses.is_dataclass(value):
-            yield from _tensors(value)
+            yield from parts_of(value)
 
 
 def _with(part: T, tensors: Iterator[torch.Tensor]) -> T:
-    """A copy whose tensors are the next ones, in the order of :func:`_tensors`."""
+    """A copy whose tensors are the next ones, in the order of :func:`parts_of`."""
     changes: dict[str, object] = {}
     for field in dataclasses.fields(part):  # type: ignore[arg-type]
         value = getattr(part, field.name)
@@ -273,16 +289,6 @@ def _with(part: T, tensors: Iterator[torch.Tensor]) -> T:
         elif dataclasses.is_dataclass(value):
             changes[field.name] = _with(value, tensors)
     return dataclasses.replace(part, **changes)  # type: ignore[type-var]
-
-
-def _gaps(positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    before = np.empty_like(positions)
-    before[:1], before[1:] = 0, positions[:-1] + 1
-    return positions - np.maximum(before, positions & -BLOCK)
-
-
-def _escapes(positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    return _gaps(positions) // ESCAPE
 
 
 def _counts(counts: npt.NDArray[np.int64]) -> torch.Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from .form import BLOCK, ESCAPE, Factors, Form, Mask, Signs, Words
-from .table import Changes, Tensors
+from .table import Changes, Tasks, Tensors
 
 
 def positions(form: Form) -> torch.Tensor:
@@ -32,19 +32,27 @@ def new_words(form: Form, words: torch.Tensor, dtype: torch.dtype) -> torch.Tens
     """What the base's words at the form's positions become. words: [nnz] intN -> [nnz] intN."""
     if isinstance(form.values, Words):
         return form.values.words
+    before = words.view(dtype)
+    after = (before.float() + numbers(form, words, dtype)).to(dtype)
+    moves = before.isfinite() & after.isfinite() & (before != after)
+    return torch.where(moves, after, before).view(words.dtype)
+
+
+def numbers(form: Form, words: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """How far the base's words at the form's positions move. words: [nnz] intN -> [nnz] float32.
+
+    Of signs and grids, what is added; of new words, their difference to the base's.
+    """
+    if isinstance(form.values, Words):
+        return form.values.words.view(dtype).float() - words.view(dtype).float()
     at = positions(form)
     if isinstance(form.values, Signs):
         values = form.values
         bits = torch.arange(form.nnz, device=at.device)
         is_minus = ((values.minus[bits // 8] >> (bits % 8)) & 1) != 0
         size = _look_up(values.sizes, at) * _look_up(values.factors, at)
-        change = torch.where(is_minus, -size, size)
-    else:
-        change = form.values.levels.float() * _look_up(form.values.steps, at)
-    before = words.view(dtype)
-    after = (before.float() + change).to(dtype)
-    moves = before.isfinite() & after.isfinite() & (before != after)
-    return torch.where(moves, after, before).view(words.dtype)
+        return torch.where(is_minus, -size, size)
+    return form.values.levels.float() * _look_up(form.values.steps, at)
 
 
 def _look_up(factors: Factors, at: torch.Tensor) -> torch.Tensor:
@@ -93,3 +101,20 @@ def switch(
     """As the kernel of this name."""
     exchange(left, left_old, undo=True)
     exchange(right, right_old)
+
+
+def delta_matmul(
+    tasks: Tasks, number: int, x: torch.Tensor, y: torch.Tensor, starts: torch.Tensor
+) -> None:
+    """As the kernel of this name, but in float64, rounded once to the dtype of y."""
+    tensors = tasks.tensors
+    words = tensors.words[number]
+    bounds = [min(max(start, 0), len(x)) for start in starts.tolist()]
+    for changes, first, end in zip(tasks.changes, bounds[:-1], bounds[1:], strict=True):
+        form = changes.forms[number]
+        if form and end > first:
+            at = positions(form)
+            delta = torch.zeros(words.numel(), dtype=torch.float64, device=words.device)
+            delta[at] = numbers(form, words[at], tensors.dtype).double()
+            more = x[first:end].double() @ delta.view(y.shape[1], x.shape[1]).T
+            y[first:end] = (y[first:end].double() + more).to(y.dtype)

@@ -14,7 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .form import BLOCK, Factors, Form, Mask, Signs, Words
+from nps_compress.errors import InvalidArgumentError
+
+from .form import BLOCK, Factors, Form, Mask, Signs, Words, expect
 
 # Columns of a task's rows, one row a tensor. Pointers are addresses, counts are of elements.
 (
@@ -42,6 +44,10 @@ from .form import BLOCK, Factors, Form, Mask, Signs, Words
 NO_PLACES, MASK_PLACES, GAP_PLACES = range(3)
 WORD_VALUES, SIGN_VALUES, GRID_VALUES = range(3)
 INTEGER, BF16, F16, F32 = range(4)  # how a word is read where its change is a number
+
+MAX_TASKS = 65535  # of one launch: the second dimension of its grid
+MAX_MATMUL_COLUMNS = 1 << 26  # so that 16 rows of a weight are counted in 32 bits
+MAX_BATCH = 16 * 65535  # rows: the third
 
 _FLOATS = {torch.bfloat16: BF16, torch.float16: F16, torch.float32: F32}
 _SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -85,7 +91,8 @@ class Changes:
     """What one task changes in tensors: a form for each, None where it changes nothing.
 
     ``old_words``: words that an exchange leaves behind where forms don't take them themselves.
-    ``fault``: [1] int32 on the device, not 0 once a form told of a place that there is not.
+    ``fault``: [1] int32 on the device, not 0 once a form told of a place that there is not. No
+    launch waits to look at it: :meth:`check` does, when it suits.
 
     Raises:
         ValueError: forms that don't fit the tensors.
@@ -114,6 +121,19 @@ class Changes:
         """Bytes of all forms on the device."""
         return sum(form.nbytes for form in self.forms if form)
 
+    def check(self) -> None:
+        """Wait for the device, and say whether all forms that were used so far were right.
+
+        Raises:
+            InvalidArgumentError: one told of a place or value that there is not. What it says
+                beyond its tensor was left out; once.
+        """
+        if self.fault.item():
+            self.fault.zero_()
+            raise InvalidArgumentError(
+                "changes", "places or values beyond them", "within their tensors and forms"
+            )
+
     def check_old(self, old: torch.Tensor | None) -> torch.Tensor:
         """The buffer an exchange leaves words in. Raises ValueError: one that does not fit."""
         word, device = self.tensors.word, self.tensors.device
@@ -128,6 +148,29 @@ class Changes:
                 f"not {old.dtype} {list(old.shape)} on {old.device}"
             )
         return old
+
+
+class Tasks:
+    """Several tasks of the same tensors, as one launch multiplies what they change.
+
+    Raises:
+        ValueError: there is none, or they are of different tensors, or of tensors without numbers.
+    """
+
+    def __init__(self, changes: Sequence[Changes]) -> None:
+        if not 0 < len(changes) <= MAX_TASKS:
+            raise ValueError(f"{len(changes)} tasks, not 1 to {MAX_TASKS}")
+        self.changes, self.tensors = tuple(changes), changes[0].tensors
+        if any(one.tensors is not self.tensors for one in changes):
+            raise ValueError("the tasks are of different tensors")
+        if self.tensors.float_kind == INTEGER:
+            raise ValueError(f"changes of {self.tensors.dtype} are not multiplied")
+        # [2, n]: the address of each task's rows, and of its fault.
+        table = [
+            [one.rows.data_ptr() for one in changes],
+            [one.fault.data_ptr() for one in changes],
+        ]
+        self.table = torch.tensor(table, dtype=torch.int64).to(self.tensors.device)
 
 
 def _check(form: Form, words: torch.Tensor, tensors: Tensors) -> None:
@@ -204,3 +247,37 @@ def check_out(changes: Changes, out: Tensors) -> None:
             f"out is {found[0]} on {found[1]} of sizes {found[2]}, not {wanted[0]} on "
             f"{wanted[1]} of {wanted[2]}"
         )
+
+
+def check_matmul(
+    tasks: Tasks, number: int, x: torch.Tensor, y: torch.Tensor, starts: torch.Tensor
+) -> None:
+    """Raise ValueError unless ``y += x Δᵀ`` can be computed for tensor ``number``."""
+    tensors = tasks.tensors
+    if not 0 <= number < len(tensors.words):
+        raise ValueError(f"tensor {number} of {len(tensors.words)}")
+    device, numel = tensors.device, tensors.words[number].numel()
+    for name, matrix in (("x", x), ("y", y)):
+        if matrix.dtype not in _FLOATS or matrix.dim() != 2 or matrix.device != device:
+            raise ValueError(
+                f"{name} must be a matrix of bfloat16, float16 or float32 on {device}, "
+                f"not {matrix.dtype} {list(matrix.shape)} on {matrix.device}"
+            )
+    (rows, columns), outputs = x.shape, y.shape[1]
+    if y.shape[0] != rows or columns * outputs != numel or columns > MAX_MATMUL_COLUMNS:
+        raise ValueError(
+            f"x of {list(x.shape)} and y of {list(y.shape)} for a weight of {numel} elements"
+        )
+    if rows > MAX_BATCH:
+        raise ValueError(f"a batch of {rows} rows, at most {MAX_BATCH}")
+    if starts.device != device:
+        raise ValueError(f"starts are on {starts.device}, not on {device}")
+    expect("starts", starts, torch.int32, len(tasks.changes) + 1)
+    for changes in tasks.changes:
+        form = changes.forms[number]
+        if form and not isinstance(form.values, Words):
+            factors = form.values.factors if isinstance(form.values, Signs) else form.values.steps
+            if factors.columns.numel() != columns:
+                raise ValueError(
+                    f"changes of a matrix of {factors.columns.numel()} columns, x has {columns}"
+                )

@@ -18,6 +18,7 @@ from nps_compress.dtypes import Words
 from nps_compress.errors import BenchmarkError
 from nps_compress.format.layout import Op
 from nps_compress.inspection import inspect
+from nps_compress.packed import is_packed
 from nps_compress.packing import PackReport, pack
 from nps_compress.recipe import Recipe
 from nps_compress.unpacking import open_task, rebuilt, unpack
@@ -64,11 +65,6 @@ class Job:
     def is_packed(self) -> bool:
         """Whether the task is a ``.nps`` file already, so that nothing is packed."""
         return is_packed(self.task)
-
-
-def is_packed(task: str | Path) -> bool:
-    """Whether this names a ``.nps`` file rather than a checkpoint."""
-    return Path(task).suffix == ".nps"
 
 
 def measure(job: Job, repeat: int, discard: int = 0) -> Measured:

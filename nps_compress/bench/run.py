@@ -11,7 +11,7 @@ from statistics import mean
 
 from nps_compress._progress import bar
 from nps_compress.bench.figures import Figure, Kind, Table, counted, row
-from nps_compress.bench.measuring import STEPS, Job, Measured, is_packed, measure
+from nps_compress.bench.measuring import STEPS, Job, Measured, measure
 from nps_compress.bench.page import draw
 from nps_compress.bench.peers import PEERS
 from nps_compress.bench.projection import LORA_BYTES, One, Plan, methods, project
@@ -21,6 +21,7 @@ from nps_compress.bench.synthetic import BF16, CHANGE_SCALE, WEIGHT_SCALE, sampl
 from nps_compress.checkpoint import open_checkpoint
 from nps_compress.errors import InvalidArgumentError, OutOfMemoryError
 from nps_compress.format.records import printable
+from nps_compress.packed import is_packed
 from nps_compress.recipe import Recipe
 from nps_compress.unpacking import open_task
 

@@ -1,0 +1,1 @@
+"""Commands that cli.py takes in, and what commands share."""

@@ -1,0 +1,1 @@
+"""Merge task vectors: one small file for each method, all behind the contract of contract.py."""
