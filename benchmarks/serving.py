@@ -289,8 +289,10 @@ async def ask(fleet: Fleet, world: World, names: Sequence[str], clients: int, to
         return Load(time.perf_counter() - start, latencies)
 
 
-def measure(world: World, tasks: int, clients: int, total: int, turns: int) -> list[dict[str, Any]]:
-    """A row for each system."""
+def measure(
+    world: World, tasks: int, clients: Sequence[int], total: int, turns: int
+) -> list[dict[str, Any]]:
+    """A row for each number of clients and system."""
     some = World(
         world.workload,
         world.base,
@@ -298,40 +300,46 @@ def measure(world: World, tasks: int, clients: int, total: int, turns: int) -> l
         dict(list(world.unpacked.items())[:tasks]),
         world.questions,
     )
-    loads: dict[str, list[Load]] = {system: [] for system in SYSTEMS}
-    memory: dict[str, float] = {}
+    found: list[dict[str, Any]] = []
     with contextlib.ExitStack() as stack:
         fleets = {system: stack.enter_context(running(system, some)) for system in SYSTEMS}
         names = {s: ["base"] if s == "base alone" else list(some.files) for s in SYSTEMS}
         for system in SYSTEMS:  # compiled, loaded, warm
-            asyncio.run(ask(fleets[system], some, names[system], clients, 2 * clients))
-        for _ in range(turns):
-            for system in SYSTEMS:
-                few = total if system != "reloading" else max(total // 4, clients)
-                loads[system].append(
-                    asyncio.run(ask(fleets[system], some, names[system], clients, few))
-                )
-                memory[system] = fleets[system].memory_mib()
-    rate = {s: statistics.median(len(x.latencies) / x.seconds for x in loads[s]) for s in SYSTEMS}
+            asyncio.run(ask(fleets[system], some, names[system], 8, 32))
+        for count in clients:
+            loads: dict[str, list[Load]] = {system: [] for system in SYSTEMS}
+            memory: dict[str, float] = {}
+            for _ in range(turns):
+                for system in SYSTEMS:
+                    few = total if system != "reloading" else max(total // 4, count)
+                    load = ask(fleets[system], some, names[system], count, few)
+                    loads[system].append(asyncio.run(load))
+                    memory[system] = fleets[system].memory_mib()
+            shared = {"workload": world.workload, "tasks": tasks, "clients": count}
+            found += [{**shared, **row} for row in _rows(loads, memory)]
+    return found
+
+
+def _rows(loads: dict[str, list[Load]], memory: dict[str, float]) -> list[dict[str, Any]]:
+    rate = {
+        system: statistics.median(len(each.latencies) / each.seconds for each in found)
+        for system, found in loads.items()
+    }
     found = []
-    for system in SYSTEMS:
-        latencies = sorted(value for load in loads[system] for value in load.latencies)
+    for system, mine in loads.items():
+        latencies = sorted(value for load in mine for value in load.latencies)
+        p99 = latencies[min(int(len(latencies) * 0.99), len(latencies) - 1)]
         found.append(
             {
-                "workload": world.workload,
-                "tasks": tasks,
-                "clients": clients,
                 "system": system,
                 "requests_per_second": round(rate[system], 2),
                 "over_base_alone": round(rate[system] / rate["base alone"], 3),
                 "ours_over_it": round(rate["ours"] / rate[system], 2),
                 "p50_ms": round(1000 * latencies[len(latencies) // 2], 1),
-                "p99_ms": round(
-                    1000 * latencies[min(int(len(latencies) * 0.99), len(latencies) - 1)], 1
-                ),
+                "p99_ms": round(1000 * p99, 1),
                 "memory_mib": round(memory[system]),
                 "answers": len(latencies),
-                "turns": turns,
+                "turns": len(mine),
                 "cores": os.cpu_count(),
             }
         )
@@ -412,10 +420,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             world = make_world(workload, Path(folder), max(options.tasks))
             for tasks in options.tasks:
-                for clients in options.clients:
-                    new = measure(world, tasks, clients, options.requests, options.turns)
-                    print(rows.table(new), flush=True)
-                    found += new
+                new = measure(world, tasks, options.clients, options.requests, options.turns)
+                print(rows.table(new), flush=True)
+                found += new
     if not options.no_save:
         path = rows.save("serving", found)
         plot(found, path.with_suffix(".png"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -335,39 +336,66 @@ def test_loading_is_off_unless_allowed(world):
         check_all(world, server)
 
 
-def start(world, port, *options):
-    tasks = [f"--task={name}={path}" for name, path in world.tasks.items()]
-    command = [sys.executable, "-m", "nps_compress.cli", "serve", str(world.base), *tasks]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+# Starts the real command once for each line, in a process of its own that need not import again.
+STARTER = """
+import json, os, sys
+import transformers.models.llama.modeling_llama
+import nps_compress.serve.server
+from nps_compress.cli import main
+for line in sys.stdin:
+    child = os.fork()
+    if not child:
+        sys.stdin.close()
+        main(json.loads(line))
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture
+def starter():
     process = subprocess.Popen(
-        [*command, "--port", str(port), *options],
+        [sys.executable, "-c", STARTER],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
         text=True,
-        env=environment,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )
-    line = process.stdout.readline()
-    assert line.startswith(f"serving {world.base} and 3 tasks on http://127.0.0.1:"), line
-    return process, line.split()[-1]
-
-
-def test_killed_and_started_again_it_answers_as_before_and_ends_in_good_order(world, tmp_path):
-    files = {path: path.read_bytes() for path in world.folder.rglob("*") if path.is_file()}
-    process, url = start(world, 0)
-    port = url.rsplit(":", 1)[1]
-    body = {"model": "law", "prompt": PROMPT, "max_tokens": 8, "temperature": 0}
     try:
+        yield process
+    finally:
+        process.stdin.close()
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def start(starter, world, port):
+    """-> the number of the process and the address that it told."""
+    tasks = [f"--task={name}={path}" for name, path in world.tasks.items()]
+    starter.stdin.write(json.dumps(["serve", str(world.base), *tasks, "--port", str(port)]) + "\n")
+    starter.stdin.flush()
+    lines = sorted(starter.stdout.readline() for _ in range(2))  # in whatever order
+    assert lines[1].startswith(f"serving {world.base} and 3 tasks on http://127.0.0.1:"), lines
+    return int(lines[0]), lines[1].split()[-1]
+
+
+def test_killed_and_started_again_it_answers_as_before_and_ends_in_good_order(world, starter):
+    files = {path: path.read_bytes() for path in world.folder.rglob("*") if path.is_file()}
+    body = {"model": "law", "prompt": PROMPT, "max_tokens": 8, "temperature": 0}
+    pid, url = start(starter, world, 0)
+    try:
+        port = url.rsplit(":", 1)[1]
         answer = httpx.post(f"{url}/v1/completions", json=body, trust_env=False, timeout=60)
         assert answer.json()["choices"][0]["text"] == world.greedy("law", PROMPT, 8)[0]
         taken = CliRunner().invoke(main, ["serve", str(world.base), "--port", port])
         assert taken.exit_code == 1
         assert f"received '127.0.0.1:{port}'" in taken.output
     finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
+        os.kill(pid, signal.SIGKILL)
+    assert starter.stdout.readline() == f"{-signal.SIGKILL}\n"
     assert files == {path: path.read_bytes() for path in world.folder.rglob("*") if path.is_file()}
-    process, url = start(world, port)
+    pid, url = start(starter, world, port)
     try:
         long = {**body, "max_tokens": 150, "stream": True}
         with httpx.stream(
@@ -375,7 +403,7 @@ def test_killed_and_started_again_it_answers_as_before_and_ends_in_good_order(wo
         ) as streamed:
             lines = streamed.iter_lines()
             text = next(lines) + "\n\n"
-            process.send_signal(signal.SIGTERM)
+            os.kill(pid, signal.SIGTERM)
             text += "\n\n".join(line for line in lines if line)
         told = servers.events(text)
         assert told[-1] == "[DONE]"  # what ran was finished
@@ -383,12 +411,10 @@ def test_killed_and_started_again_it_answers_as_before_and_ends_in_good_order(wo
         assert said == world.greedy("law", PROMPT, 150)[0]
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{url}/health", trust_env=False)
-        assert process.wait(30) == 0
-        assert process.stdout.read() == ""
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
+        assert starter.stdout.readline() == "0\n"
+    except BaseException:
+        os.kill(pid, signal.SIGKILL)
+        raise
 
 
 @pytest.mark.parametrize(
