@@ -117,9 +117,10 @@ def assert_within_bound(base, made, starts, x, before, found) -> None:
         counts[first:end] = kept.view(base.shape).sum(1)
     error = (found.double() - wanted).abs()
     limit = 2.0**-20 * (8 + counts) * (sizes + TINY)
-    # Twice rounded: the sum to float32, which is then rounded to the dtype.
-    limit += wanted.abs() * (2.0**-23 + torch.finfo(found.dtype).eps)
-    usual = sizes < min(HUGE, torch.finfo(found.dtype).max / 2)  # NaN is not
+    # Twice rounded: the sum to float32, which is then rounded to the dtype, as far as that goes.
+    of_dtype = torch.finfo(found.dtype)
+    limit += wanted.abs() * (2.0**-23 + of_dtype.eps) + of_dtype.smallest_normal * of_dtype.eps
+    usual = sizes < min(HUGE, of_dtype.max / 2)  # NaN is not
     assert (error[usual] <= limit[usual]).all()
     assert not found[sizes.isnan()].isfinite().any()
     same = counts == 0
@@ -214,6 +215,17 @@ def test_changes_that_are_not_finite_stay_in_their_output(way, rng):
     made = [random_form(rng, kind, 0.02, base, m) for kind in ("words", "signs") for m in (0, 1)]
     starts = torch.tensor([0, 2, 3, 4, 5], dtype=torch.int32)
     check(way, rng, base, made, starts, normal(rng, 6, 500), *Y)
+
+
+def test_a_sum_that_is_subnormal_is_rounded_once(way):
+    base, values = torch.zeros(1, 1), Words(torch.ones(1).view(torch.int32))
+    made = [form_of(1, np.zeros(1, np.int64), values)]
+    x, y = torch.full((1, 1), 1.5e-8), torch.full((1, 1), 2.0**-17, dtype=torch.float16)
+    found, starts = y.clone().to(way.device), torch.tensor([0, 1], dtype=torch.int32)
+    tasks = tasks_of(way.device, base, made)
+    way.delta_matmul(tasks, 0, x.to(way.device), found, starts.to(way.device))
+    assert bits(found) == bits(y)  # 2^-24 is the least that float16 can add
+    assert_within_bound(base, made, starts, x, y, found.cpu())
 
 
 @st.composite
