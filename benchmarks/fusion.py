@@ -131,7 +131,7 @@ def _tuned(full: bool, seeds: range) -> Iterator[Run]:
         for density in (0.05, 0.1, 0.2):
             yield Run("ties", "lambda", replace(of["ties"], density=density), metric)
         for seed in seeds:
-            for density in (0.05, 0.1) if full else (0.1,):
+            for density in (0.05, 0.1, 0.2):  # those of TIES
                 yield _nps(metric, density, 8, seed)
         for name in ("consensus", "neuromerging"):
             yield Run(name, "lambda", of[name], metric)
