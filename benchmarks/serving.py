@@ -350,8 +350,8 @@ def serve_reloading(arguments: Sequence[str]) -> None:
     """The same server over a bank whose switches load a whole checkpoint."""
     from safetensors.torch import load_file
 
+    from nps_compress.commands.serving import _named
     from nps_compress.serve import server
-    from nps_compress.serve.command import _named
 
     split = list(arguments).index("--")
     base, *tasks = arguments[:split]

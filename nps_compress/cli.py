@@ -13,6 +13,7 @@ import click
 from nps_compress import __version__
 from nps_compress.bench.shapes import MODELS
 from nps_compress.commands.merging import merge, transfer
+from nps_compress.commands.serving import serve
 from nps_compress.commands.shared import force_option as _force
 from nps_compress.commands.shared import given as _given
 from nps_compress.commands.shared import json_option as _json
@@ -20,7 +21,6 @@ from nps_compress.commands.shared import output as _out
 from nps_compress.commands.shared import print_json as _print_json
 from nps_compress.commands.shared import print_table as _print_table
 from nps_compress.errors import NpsError, SearchInterruptedError
-from nps_compress.serve.command import serve
 
 if TYPE_CHECKING:
     from nps_compress.bench.results import Report

@@ -110,6 +110,7 @@ ORDER = [
     "vllm.arguments",
     "vllm.stream",
     "vllm.turns",
+    "vllm.launch",
     "vllm.loader",
     "vllm.switching",
     "vllm.transfer",
@@ -127,6 +128,7 @@ ORDER = [
     "commands.shared",
     "commands.merging",
     "serve.scheduler",
+    "serve.api_key",
     "serve.failures",
     "serve.schemas",
     "serve.texts",
@@ -143,7 +145,7 @@ ORDER = [
     "serve.page",
     "serve.app",
     "serve.server",
-    "serve.command",
+    "commands.serving",
     "cli",
 ]
 # Who may import what is heavy, optional or easily misused.
@@ -151,7 +153,7 @@ ONLY_IN = {
     "cma": {"search"},
     "zstandard": {"codecs"},
     "triton": {"kernels"},
-    "click": {"cli", "commands.shared", "commands.merging", "serve.command"},
+    "click": {"cli", "commands.shared", "commands.merging", "commands.serving"},
     "fastapi": {"serve.app", "serve.server"},
     "starlette": {"serve.access", "serve.answers", "serve.app"},
     "pydantic": {"serve.schemas"},
@@ -168,7 +170,7 @@ ONLY_IN = {
         *("importance", "resident", "reconstruct", "live", "evaluator", "lazy", "merging.exams"),
         *("quantizer", "resident_model", "bank"),
         *("serve.sampling", "serve.decoding", "serve.engine"),
-        *("vllm.loader", "vllm.stream", "vllm.switching"),
+        *("vllm.launch", "vllm.loader", "vllm.stream", "vllm.switching"),
     },
     "vllm": {"vllm.loader", "vllm.switching", "vllm.transfer", "vllm.routing"},
 }

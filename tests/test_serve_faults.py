@@ -23,7 +23,8 @@ from conftest import ROOT
 from nps_compress import TaskBank, resident
 from nps_compress.cli import main
 from nps_compress.errors import CheckpointError, InvalidArgumentError
-from nps_compress.serve.server import Settings, api_key, build
+from nps_compress.serve.api_key import read_api_key
+from nps_compress.serve.server import Settings, build
 
 PROMPT = "the red cat runs"
 LONG = 120
@@ -156,14 +157,14 @@ def test_the_key_is_asked_for(world, tmp_path):
 
 def test_keys_that_are_none(tmp_path):
     path = tmp_path / "key"
-    assert api_key(None, {}) is None
-    assert api_key(None, {"NPS_COMPRESS_API_KEY": " abc\n"}) == "abc"
+    assert read_api_key(None, {}) is None
+    assert read_api_key(None, {"NPS_COMPRESS_API_KEY": " abc\n"}) == "abc"
     for content in ("", " \n", "é", "a\nb", "x" * 5000):
         path.write_text(content)
         with pytest.raises(InvalidArgumentError, match="the API key must be"):
-            api_key(path, {})
+            read_api_key(path, {})
     with pytest.raises(InvalidArgumentError, match="--api-key-file must be a readable file"):
-        api_key(tmp_path, {})
+        read_api_key(tmp_path, {})
 
 
 def test_a_client_that_hangs_up_is_not_worked_for(world):
@@ -447,8 +448,7 @@ def test_bad_options_are_one_clear_line(world, options, message, monkeypatch):
 
 def test_without_the_extra_it_says_what_to_install(world, monkeypatch):
     for module in [name for name in sys.modules if name.startswith("nps_compress.serve.")]:
-        if module != "nps_compress.serve.command":
-            monkeypatch.delitem(sys.modules, module)
+        monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     found = CliRunner().invoke(main, ["serve", str(world.base)])
     assert found.exit_code == 1

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from conftest import bits, write_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import nps_compress
+from nps_compress.cli import main
 from nps_compress.unpacking import unpack_side_files
 from nps_compress.vllm import arguments
+from nps_compress.vllm.launch import prepare
 from nps_compress.vllm.stream import rebuilt_stream, refuse_other_shape
 from nps_compress.vllm.turns import Turns
 
@@ -252,6 +258,135 @@ def test_bad_options_are_refused(change, message):
     given = {"tasks": {"law": "law.nps"}, "name": "base", **change}
     with pytest.raises(nps_compress.InvalidArgumentError, match=message):
         arguments.many_tasks("somewhere", given.pop("tasks"), **given)
+
+
+@pytest.fixture
+def same_shape(tmp_path, monkeypatch):
+    """Base and task that differ in values alone, with the base's tokenizer."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    base = {"a.weight": torch.randn(40, 40), "b.weight": torch.randn(40, 40)}
+    folders = [
+        write_checkpoint(
+            tmp_path / "same" / name, {key: value + add for key, value in base.items()}
+        )
+        for name, add in (("base", 0), ("tuned", 0.01))
+    ]
+    for folder in folders:
+        (folder / "tokenizer.json").write_text('{"common": 1}')
+    return folders
+
+
+def start(base, tasks, **options):
+    return prepare(str(base), tasks, **{"host": "127.0.0.1", "port": 9, **options})
+
+
+def test_one_task_starts_alone(same_shape, tmp_path):
+    base, tuned = same_shape
+    nps_compress.pack(base, tuned, tmp_path / "t.nps")
+    found = start(base, {"law": tmp_path / "t.nps"}, options=["--seed", "1"])
+    assert found.command[1] == "-m"
+    expected = arguments.one_task(base, tmp_path / "t.nps", name="law", port=9)
+    assert found.command[3:] == [*expected, "--seed", "1"]
+    assert found.environment == {}
+    assert found.warnings == []
+    assert "law alone" in found.what
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_task_has_its_own_tokenizer(same_shape, tmp_path):
+    base, tuned = same_shape
+    (tuned / "tokenizer.json").write_text('{"own": 1}')
+    (tuned / "config.json").write_text('{"model_type": "llama"}')
+    nps_compress.pack(base, tuned, tmp_path / "t.nps")
+    for _ in range(2):  # the second finds what the first kept
+        options = start(base, {"law": tmp_path / "t.nps"}).command
+        folder = Path(value(options, "--tokenizer"))
+        assert value(options, "--hf-config-path") == str(folder)
+        assert (tmp_path / "cache") in folder.parents
+        assert {path.name: path.read_text() for path in folder.iterdir()} == {
+            "tokenizer.json": '{"own": 1}',
+            "config.json": '{"model_type": "llama"}',
+        }
+    several = {"law": tmp_path / "t.nps", "med": tmp_path / "t.nps"}
+    assert "the base's here" in start(base, several).warnings[0]
+
+
+def test_without_a_tokenizer_a_task_has_the_bases(same_shape, tmp_path):
+    base, tuned = same_shape
+    (tuned / "tokenizer.json").unlink()
+    (tuned / "config.json").write_text('{"model_type": "llama"}')
+    nps_compress.pack(base, tuned, tmp_path / "t.nps")
+    folder = Path(value(start(base, {"law": tmp_path / "t.nps"}).command, "--tokenizer"))
+    assert (folder / "tokenizer.json").read_text() == '{"common": 1}'
+    assert (folder / "config.json").read_text() == '{"model_type": "llama"}'
+
+
+def test_several_tasks_are_chosen_by_request(same_shape, tmp_path):
+    base, tuned = same_shape
+    nps_compress.pack(base, tuned, tmp_path / "t.nps")
+    tasks = {"law": tmp_path / "t.nps", "med": tmp_path / "t.nps"}
+    found = start(base, tasks, name="b", cycle=0.25, api_key="k", host="0.0.0.0")
+    expected = arguments.many_tasks(base, tasks, name="b", cycle=0.25, host="0.0.0.0", port=9)
+    assert found.command[3:] == [*expected, "--enforce-eager"]
+    assert found.environment == {"VLLM_API_KEY": "k"}
+    assert "k" not in found.command
+    assert found.warnings == []
+    assert "experimental" in found.what
+    assert "no API key" in start(base, tasks, host="0.0.0.0").warnings[0]
+
+
+def test_without_a_task_the_base_is_switched(same_shape, monkeypatch):
+    base, _ = same_shape
+    found = start(base, {})
+    assert found.command[3:] == [*arguments.switched(base, port=9), "--enforce-eager"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert start(base, {}).command[3:] == arguments.switched(base, port=9)
+    assert found.environment == {"VLLM_SERVER_DEV_MODE": "1"}
+    with pytest.raises(nps_compress.InvalidArgumentError, match="loopback"):
+        start(base, {}, host="0.0.0.0")
+
+
+def test_what_vllm_can_not_serve_is_refused_before_it_starts(same_shape, tiny, tmp_path):
+    base, tuned = same_shape
+    nps_compress.pack(base, tuned, tmp_path / "t.nps")
+    nps_compress.pack(*tiny, tmp_path / "tiny.nps")
+    with pytest.raises(nps_compress.BaseMismatchError):
+        start(tiny[0], {"law": tmp_path / "t.nps"})
+    with pytest.raises(nps_compress.InvalidArgumentError, match=r"tiny\.nps"):
+        start(tiny[0], {"a": tmp_path / "tiny.nps", "b": tmp_path / "tiny.nps"})
+    with pytest.raises(nps_compress.CheckpointError):
+        start(tmp_path / "none", {})
+
+
+def test_the_command_becomes_vllm(same_shape, tmp_path, monkeypatch):
+    base, tuned = same_shape
+    nps_compress.pack(base, tuned, tmp_path / "t.nps")
+    arguments_ = ["serve", str(base), "--engine", "vllm", "--task", f"law={tmp_path / 't.nps'}"]
+    found = CliRunner().invoke(main, arguments_)
+    assert found.exit_code == 1
+    assert found.output == ("Error: vllm is not installed in this environment: pip install vllm\n")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    became = []
+
+    def execve(*given):
+        became.append(given)
+        raise SystemExit(0)  # it would not return
+
+    monkeypatch.setattr(os, "execve", execve)
+    extra = ["--port", "9", "--max-tokens", "64", "--", "--seed", "1"]
+    found = CliRunner().invoke(main, [*arguments_, *extra], env={"NPS_COMPRESS_API_KEY": "k"})
+    assert found.output == "starting vLLM: law alone, as `--load-format nps`, on port 9\n"
+    ((program, command, environment),) = became
+    assert program == sys.executable
+    assert command[-3:] == ["--max-model-len=64", "--seed", "1"]
+    assert environment["VLLM_API_KEY"] == "k"
+    refused = CliRunner().invoke(main, [*arguments_, "--max-batch", "2"])
+    assert refused.exit_code == 2
+    assert "--max-batch is of --engine transformers" in refused.output
+    refused = CliRunner().invoke(main, ["serve", str(base), "more"])
+    assert refused.exit_code == 2
+    assert "unexpected extra arguments (more)" in refused.output
 
 
 def test_without_vllm_the_plugin_only_warns():

@@ -20,14 +20,13 @@ from nps_compress.bank import TaskBank
 from nps_compress.checkpoint import open_checkpoint
 from nps_compress.errors import InvalidArgumentError
 from nps_compress.serve.access import AccessLimits
+from nps_compress.serve.api_key import read_api_key
 from nps_compress.serve.app import RequestLimits, create_app
 from nps_compress.serve.catalogue import Catalogue
 from nps_compress.serve.engine import Engine, EngineLimits
 from nps_compress.serve.metrics import Metrics
 
-API_KEY_VARIABLE = "NPS_COMPRESS_API_KEY"
 _GB, _MB = 1e9, 1e6
-_LONGEST_KEY = 4096
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def build(settings: Settings) -> FastAPI:
     Raises:
         NpsError: what TaskBank, Catalogue and the file of the API key raise.
     """
-    key = api_key(settings.api_key_file, os.environ)
+    key = read_api_key(settings.api_key_file, os.environ)
     base = open_checkpoint(settings.base)
     name = settings.name or base.path.resolve().name
     if "/" not in settings.base and not Path(settings.base).exists():
@@ -129,7 +128,7 @@ def run(settings: Settings, tell: Callable[[str], Any]) -> None:
         app = build(settings)
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
-        if not ipaddress.ip_address(host).is_loopback and not api_key(
+        if not ipaddress.ip_address(host).is_loopback and not read_api_key(
             settings.api_key_file, os.environ
         ):
             tell("warning: whoever reaches this address can use it: there is no API key")
@@ -144,32 +143,6 @@ def run(settings: Settings, tell: Callable[[str], Any]) -> None:
         what = f"serving {settings.base} and {count} task{'s' * (count != 1)}"
         with _ending_quietly():
             _Server(config, lambda: tell(f"{what} on http://{shown}:{port}")).run([listener])
-
-
-def api_key(path: Path | None, environment: Mapping[str, str]) -> str | None:
-    """The key from a file or, without one, from the environment; None: none is asked for.
-
-    Raises:
-        InvalidArgumentError: there is no such file, or what it holds is no key.
-    """
-    if path is not None:
-        where = str(path)
-        try:
-            with path.open("rb") as stream:
-                found = stream.read(_LONGEST_KEY + 1).decode("utf-8", "replace").strip()
-        except OSError as error:
-            raise InvalidArgumentError(
-                "--api-key-file", where, f"a readable file ({error.strerror})"
-            ) from None
-    elif API_KEY_VARIABLE in environment:
-        where, found = API_KEY_VARIABLE, environment[API_KEY_VARIABLE].strip()
-    else:
-        return None
-    if not found or len(found) > _LONGEST_KEY or not found.isascii() or not found.isprintable():
-        raise InvalidArgumentError(
-            "the API key", where, "a line of printable ASCII characters, not empty"
-        )
-    return found
 
 
 def bound(host: str, port: int) -> socket.socket:

@@ -36,7 +36,7 @@ def one_task(
 
     name: what it is called in requests, by default as its file. config: a folder with the
     fine-tune's own configuration and tokenizer, where they are not the base's
-    (``nps_compress.unpacking.unpack_side_files`` writes it). switch: see :func:`switched`.
+    (``nps_compress.unpacking.unpack_side_files`` writes one). switch: see :func:`switched`.
 
     Raises:
         InvalidArgumentError: the port is none.
@@ -60,7 +60,7 @@ def switched(
     Raises:
         InvalidArgumentError: the port is none.
     """
-    return _served(base, name or _name(base), _switch(True), host, port)
+    return _served(base, name or name_of(base), _switch(True), host, port)
 
 
 def many_tasks(
@@ -80,7 +80,7 @@ def many_tasks(
     Raises:
         InvalidArgumentError: a name, the cycle or the port is out of its range.
     """
-    name = name or _name(base)
+    name = name or name_of(base)
     for task in tasks:
         if not task or task == name:
             raise InvalidArgumentError("task name", task, f"not empty and not {name!r}, the base's")
@@ -106,6 +106,6 @@ def _served(base: str | Path, name: str, options: Sequence[str], host: str, port
     return ["--model", str(base), "--served-model-name", name, *place, *options]
 
 
-def _name(base: str | Path) -> str:
+def name_of(base: str | Path) -> str:
     """As a folder is called; a Hub id stays whole."""
     return Path(base).resolve().name if Path(base).exists() else str(base)

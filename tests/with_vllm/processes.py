@@ -81,10 +81,19 @@ class Server:
 def serving(folder: Path, options: Sequence[str], **env: str) -> Iterator[Server]:
     """vLLM's own server with these options of nps_compress.vllm.arguments, until the end."""
     port = int(options[options.index("--port") + 1])
-    small = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
-    command = arguments.command(
-        [*options, *small, "--enforce-eager", "--disable-uvicorn-access-log"]
-    )
+    with running(folder, arguments.command([*options, *small()]), port, **env) as server:
+        yield server
+
+
+def small() -> list[str]:
+    """Options of a server as small as the engines are."""
+    sizes = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+    return [*sizes, "--enforce-eager", "--disable-uvicorn-access-log"]
+
+
+@contextmanager
+def running(folder: Path, command: Sequence[str], port: int, **env: str) -> Iterator[Server]:
+    """The server that a command line starts, until the end."""
     server = Server(f"http://127.0.0.1:{port}", folder / "server.log")
     with server.log.open("w") as log:
         process = subprocess.Popen(command, env=environment(**env), stdout=log, stderr=log)

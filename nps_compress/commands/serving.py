@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
+from nps_compress.commands.shared import given
+
+# What vLLM has options of its own for, or no need of.
+_OWN_ENGINE_ONLY = {
+    *("folders", "device", "device_memory", "host_memory", "max_batch", "max_running"),
+    *("max_waiting", "max_body", "max_requests", "timeout", "grace"),
+}
 LOOPBACK = "127.0.0.1"
 
 
 @click.command()
 @click.argument("base")
+@click.argument("vllm_options", nargs=-1, type=click.UNPROCESSED, metavar="[-- VLLM_OPTION...]")
+@click.option(
+    "--engine",
+    type=click.Choice(["transformers", "vllm"]),
+    default="transformers",
+    show_default=True,
+    help="The embedded server, or vLLM's own where it is installed.",
+)
 @click.option(
     "--task",
     "tasks",
@@ -98,19 +115,36 @@ LOOPBACK = "127.0.0.1"
     show_default=True,
     help="Seconds to finish what runs after SIGTERM or Ctrl-C.",
 )
-def serve(base: str, tasks: tuple[str, ...], **options: Any) -> None:
+@click.pass_context
+def serve(
+    ctx: click.Context,
+    base: str,
+    tasks: tuple[str, ...],
+    engine: str,
+    vllm_options: tuple[str, ...],
+    **options: Any,
+) -> None:
     """Serve BASE and its tasks over HTTP, in the shape of OpenAI's API, from one model in memory.
 
     The `model` of a request names the task, or the base. Requests of a task are answered together;
     tasks take turns. A page for people is at `/`, figures for Prometheus at `/metrics`. Only this
     machine can reach it unless --host says otherwise.
 
+    With --engine vllm this becomes vLLM's server, its options after `--`. One task is served alone,
+    as its full checkpoint would be; several by the request's `model` (experimental); without any
+    the base, whose weights vLLM's /update_weights switches.
+
     \b
     Example:
       nps-compress serve base/ --task law=law.nps --task med=med.nps
       curl http://127.0.0.1:8000/v1/completions -H 'content-type: application/json' \\
         -d '{"model": "law", "prompt": "The court"}'
+      nps-compress serve base/ --task law=law.nps --engine vllm -- --max-model-len 4096
     """
+    if engine == "vllm":
+        _become_vllm(ctx, base, _named(tasks), vllm_options, options)
+    if vllm_options:
+        raise click.UsageError(f"got unexpected extra arguments ({' '.join(vllm_options)})")
     try:
         from nps_compress.serve.server import Settings, run
     except ModuleNotFoundError as error:
@@ -120,6 +154,34 @@ def serve(base: str, tasks: tuple[str, ...], **options: Any) -> None:
             f"{error.name} is not installed: pip install 'nps-compress[serve]'"
         ) from None
     run(Settings(base=base, tasks=_named(tasks), **options), tell=click.echo)
+
+
+def _become_vllm(
+    ctx: click.Context,
+    base: str,
+    tasks: dict[str, Path],
+    vllm_options: tuple[str, ...],
+    options: dict[str, Any],
+) -> NoReturn:
+    if refused := given(ctx, _OWN_ENGINE_ONLY):
+        raise click.UsageError(f"{refused[0]} is of --engine transformers; vLLM's go after `--`")
+    if importlib.util.find_spec("vllm") is None:
+        raise click.ClickException("vllm is not installed in this environment: pip install vllm")
+    from nps_compress.serve.api_key import read_api_key
+    from nps_compress.vllm.launch import prepare
+
+    if given(ctx, {"max_tokens"}):
+        vllm_options = (f"--max-model-len={options['max_tokens']}", *vllm_options)
+    prepare(
+        base,
+        tasks,
+        host=options["host"],
+        port=options["port"],
+        name=options["name"],
+        api_key=read_api_key(options["api_key_file"], os.environ),
+        cycle=options["cycle_time"] if given(ctx, {"cycle_time"}) else None,
+        options=vllm_options,
+    ).run(tell=click.echo)
 
 
 def _named(tasks: tuple[str, ...]) -> dict[str, Path]:
