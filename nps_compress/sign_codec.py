@@ -253,10 +253,11 @@ def add_changes(
     [nnz]; base, out: [n] words, which may be the same.
     """
     dropped, largest = np.uint32(DROPPED_BITS[dtype.name]), np.float32(LARGEST[dtype.name])
-    if dtype.name == "BF16":
+    if dtype.name in {"BF16", "F32"}:
         if out is not base:
             np.copyto(out, base)
-        _add_to_bf16(positions, changes, dropped, largest, out)
+        add = _add_to_bf16 if dtype.name == "BF16" else _add_to_f32
+        add(positions, changes, dropped, largest, out)
         return
     before = to_float32(base[positions], dtype)
     values = np.empty(positions.size, np.float32)
@@ -314,7 +315,7 @@ def _changes(  # type: ignore[no-untyped-def]
 
 @jit
 def _add_to_bf16(positions, changes, dropped, largest, words):  # type: ignore[no-untyped-def]
-    """As _moved, and what follows it, in one pass."""
+    """As _moved, and what follows it, in one pass, as _add_to_f32 does."""
     for i in range(positions.size):
         word = words[positions[i]]
         before = np.uint32(np.uint32(word) << np.uint32(16)).view(np.float32)
@@ -322,6 +323,16 @@ def _add_to_bf16(positions, changes, dropped, largest, words):  # type: ignore[n
         moves = (value != before) & (abs(value) <= largest) & (abs(before) <= largest)
         new = np.uint16(np.float32(value).view(np.uint32) >> np.uint32(16))
         words[positions[i]] = new if moves else word  # no branch: nobody could guess it
+
+
+@jit
+def _add_to_f32(positions, changes, dropped, largest, words):  # type: ignore[no-untyped-def]
+    for i in range(positions.size):
+        word = np.uint32(words[positions[i]])
+        before = word.view(np.float32)
+        value = np.float32(before + changes[i])
+        moves = (value != before) & (abs(value) <= largest) & (abs(before) <= largest)
+        words[positions[i]] = value.view(np.uint32) if moves else word
 
 
 @jit

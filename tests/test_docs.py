@@ -45,7 +45,9 @@ def test_readme_shows_every_command(command):
 def test_readme_options_exist():
     commands = [*main.commands.values(), *main.commands["bundle"].commands.values()]
     options = {o for c in commands for p in c.params for o in p.opts} | {"--help"}
-    readme = re.sub(r"`python benchmarks/.*?`|^vllm serve .*$| -- --.*$", "", README, flags=re.M)  # not ours
+    readme = re.sub(
+        r"`python benchmarks/.*?`|^vllm serve .*$| -- --.*$", "", README, flags=re.M
+    )  # not ours
     assert set(re.findall(r"--[a-z][a-z-]+", readme)) <= options
 
 

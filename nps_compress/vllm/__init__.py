@@ -2,8 +2,9 @@
 
 vLLM finds :func:`register` by its entry point in every process that it starts. arguments.py says
 what to start it with, launch.py starts it, stream.py rebuilds tensors as vLLM reads them, turns.py
-says whose requests run: none of these needs vLLM. loader.py is ``--load-format nps``, transfer.py the weight transfer
-engine ``nps``, routing.py, which is experimental, serves each request by the task it names.
+says whose requests run: none of these needs vLLM. loader.py is ``--load-format nps``,
+transfer.py the weight transfer engine ``nps``, routing.py, which is experimental, serves each
+request by the task it names.
 """
 
 from __future__ import annotations
