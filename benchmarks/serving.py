@@ -4,14 +4,16 @@
     python benchmarks/serving.py --requests 64 --tasks 2 8 --clients 4 16
 
 Made weights: a Llama of 16 million parameters that generates, and a BERT in the shape of MiniLM-L6
-that classifies; a task is a fine-tune of it, packed by the default (signs at density 0.2). Clients
-are on loopback; each asks for a task drawn at random, waits for the answer, and asks again.
+that classifies; a task is a fine-tune of it, packed as signs, 0.2 being the default's density.
+Clients are on loopback; each asks for a task drawn at random, waits for the answer, and asks again.
 
 ``ours``            one process: the base and its tasks
+``ours, rebuilt``   the same with --rebuilt-memory for all tasks
 ``base alone``      the same server without tasks; all clients ask the base
 ``a process each``  one server for each unpacked fine-tune, one thread each
-``reloading``       the same server, but that a switch loads the unpacked checkpoint from disk (it
-                    is in the page cache) into the model
+``reloading``       the same server, but that a switch is a from_pretrained of the unpacked
+                    checkpoint, whose files are in the page cache
+``copying``         likewise, but that a switch copies the mapped file into the model's weights
 
 They take turns, and figures are medians over the turns. ``memory_mib`` is the proportional set
 size of all processes of a system after the load. Every answer is compared with that of the
@@ -23,6 +25,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import os
 import random
 import statistics
@@ -42,7 +45,8 @@ import nps_compress
 import rows
 
 WORKLOADS = ("generate", "classify")
-SYSTEMS = ("ours", "base alone", "a process each", "reloading")
+SYSTEMS = ("ours", "ours, rebuilt", "base alone", "a process each", "reloading", "copying")
+SLOW = ("reloading", "copying")  # asked less
 VOCABULARY = 4096
 PROMPT_TOKENS, NEW_TOKENS = 64, 16
 PROMPTS = 12  # of each task, all of whose answers are known
@@ -63,13 +67,14 @@ class World:
     """base and unpacked: folders; files: .nps; questions: by task, "base" being the base."""
 
     workload: str
+    density: float
     base: Path
     files: dict[str, Path]
     unpacked: dict[str, Path]
     questions: dict[str, list[Question]]
 
 
-def make_world(workload: str, folder: Path, tasks: int) -> World:
+def make_world(workload: str, density: float, folder: Path, tasks: int) -> World:
     """Weights, packed tasks, and what each says offline."""
     import transformers as hf
 
@@ -105,7 +110,8 @@ def make_world(workload: str, folder: Path, tasks: int) -> World:
                 parameter *= 3
     model.save_pretrained(base)
     _write_tokenizer(base)
-    world = World(workload, base, {}, {}, {})
+    recipe = nps_compress.Recipe(prune="signs", density=density)
+    world = World(workload, density, base, {}, {}, {})
     world.questions["base"] = _questions(world, base, 0)
     for number in range(1, tasks + 1):
         name, tuned = f"task{number}", folder / f"task{number}-tuned"
@@ -120,9 +126,7 @@ def make_world(workload: str, folder: Path, tasks: int) -> World:
         )
         _write_tokenizer(tuned)
         world.files[name], world.unpacked[name] = folder / f"{name}.nps", folder / name
-        nps_compress.pack(
-            base, tuned, world.files[name], recipe=nps_compress.Recipe(prune="signs", density=0.2)
-        )
+        nps_compress.pack(base, tuned, world.files[name], recipe=recipe)
         nps_compress.unpack(base, world.files[name], world.unpacked[name])
         world.questions[name] = _questions(world, world.unpacked[name], number)
     return world
@@ -199,11 +203,13 @@ def running(system: str, world: World) -> Iterator[Fleet]:
     named = ["--name", "base"]
     if system == "ours":
         commands = [[*cli, base, *tasks, *limits, *named]]
+    elif system == "ours, rebuilt":
+        commands = [[*cli, base, *tasks, *limits, *named, "--rebuilt-memory", "64"]]
     elif system == "base alone":
         commands = [[*cli, base, *limits, *named]]
-    elif system == "reloading":
+    elif system in SLOW:
         folders = [f"--task={name}={path}" for name, path in world.unpacked.items()]
-        commands = [[script, "--reloading", base, *tasks, "--", *folders]]
+        commands = [[script, f"--{system}", base, *tasks, "--", *folders]]
     else:
         commands = [
             [*cli, str(path), *limits, "--name", name] for name, path in world.unpacked.items()
@@ -295,6 +301,7 @@ def measure(
     """A row for each number of clients and system."""
     some = World(
         world.workload,
+        world.density,
         world.base,
         dict(list(world.files.items())[:tasks]),
         dict(list(world.unpacked.items())[:tasks]),
@@ -311,11 +318,12 @@ def measure(
             memory: dict[str, float] = {}
             for _ in range(turns):
                 for system in SYSTEMS:
-                    few = total if system != "reloading" else max(total // 4, count)
+                    few = total if system not in SLOW else max(total // 4, count)
                     load = ask(fleets[system], some, names[system], count, few)
                     loads[system].append(asyncio.run(load))
                     memory[system] = fleets[system].memory_mib()
-            shared = {"workload": world.workload, "tasks": tasks, "clients": count}
+            shared = {"workload": world.workload, "density": world.density}
+            shared |= {"tasks": tasks, "clients": count}
             found += [{**shared, **row} for row in _rows(loads, memory)]
     return found
 
@@ -346,8 +354,8 @@ def _rows(loads: dict[str, list[Load]], memory: dict[str, float]) -> list[dict[s
     return found
 
 
-def serve_reloading(arguments: Sequence[str]) -> None:
-    """The same server over a bank whose switches load a whole checkpoint."""
+def serve_loading(how: str, arguments: Sequence[str]) -> None:
+    """The same server over a bank whose switches load a whole checkpoint, reloading or copying."""
     from safetensors.torch import load_file
 
     from nps_compress.commands.serving import _named
@@ -364,7 +372,13 @@ def serve_reloading(arguments: Sequence[str]) -> None:
         def use(self, name: str | None, *, keep: bool = False) -> Iterator[Any]:
             if name != self._loaded:
                 folder = Path(base) if name is None else folders[name]
-                self.model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+                if how == "reloading":
+                    model_class: Any = type(self.model)
+                    state = model_class.from_pretrained(folder).state_dict()
+                    self.model.load_state_dict(state, assign=True)
+                else:
+                    state = load_file(folder / "model.safetensors")
+                    self.model.load_state_dict(state, strict=False)
                 self._loaded = name
             yield self.model
 
@@ -375,17 +389,19 @@ def serve_reloading(arguments: Sequence[str]) -> None:
 
 
 def plot(found: list[dict[str, Any]], path: Path) -> None:
-    """Throughput and 99th percentile of each system, where there are most tasks and clients."""
+    """Throughput and memory of each system, where there are most tasks and clients."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(2, 2, figsize=(9, 6), layout="constrained")
-    for column, workload in enumerate(WORKLOADS):
-        rows_ = [row for row in found if row["workload"] == workload]
-        if not rows_:
-            continue
+    worlds = list(dict.fromkeys((row["workload"], row["density"]) for row in found))
+    size = (1 + 4 * len(worlds), 6)
+    figure, panels = pyplot.subplots(
+        2, len(worlds), figsize=size, layout="constrained", squeeze=False
+    )
+    for column, (workload, density) in enumerate(worlds):
+        rows_ = [row for row in found if (row["workload"], row["density"]) == (workload, density)]
         most = max((row["tasks"], row["clients"]) for row in rows_)
         shown = [row for row in rows_ if (row["tasks"], row["clients"]) == most]
         for line, (key, label) in enumerate(
@@ -397,18 +413,21 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
             panel.margins(x=0.18)
             panel.invert_yaxis()
             panel.set_xlabel(label)
-        panels[0][column].set_title(f"{workload}: {most[0]} tasks, {most[1]} clients")
+        panels[0][column].set_title(
+            f"{workload}, density {density}: {most[0]} tasks, {most[1]} clients"
+        )
     figure.savefig(path, dpi=120)
 
 
 def main() -> None:
-    if "--reloading" in sys.argv[1:2]:
-        serve_reloading(sys.argv[2:])
+    if sys.argv[1:] and sys.argv[1] in {f"--{system}" for system in SLOW}:
+        serve_loading(sys.argv[1].removeprefix("--"), sys.argv[2:])
         return
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--density", nargs="+", type=float, default=[0.01, 0.2])
     parser.add_argument("--tasks", nargs="+", type=int, default=[8])
     parser.add_argument("--clients", nargs="+", type=int, default=[1, 4, 16])
     parser.add_argument("--requests", type=int, default=192, help="answers a turn")
@@ -416,9 +435,9 @@ def main() -> None:
     parser.add_argument("--no-save", action="store_true")
     options = parser.parse_args()
     found = []
-    for workload in options.workload:
+    for workload, density in itertools.product(options.workload, options.density):
         with tempfile.TemporaryDirectory() as folder:
-            world = make_world(workload, Path(folder), max(options.tasks))
+            world = make_world(workload, density, Path(folder), max(options.tasks))
             for tasks in options.tasks:
                 new = measure(world, tasks, options.clients, options.requests, options.turns)
                 print(rows.table(new), flush=True)

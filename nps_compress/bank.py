@@ -27,7 +27,7 @@ from nps_compress.reconstruct import Task
 from nps_compress.resident_model import ResidentModel, ResidentTask, TaskForms
 from nps_compress.unpacking import open_task, side_files_of
 
-DEVICE, HOST, DISK = "device", "host", "disk"
+REBUILT, DEVICE, HOST, DISK = "rebuilt", "device", "host", "disk"
 _SUFFIX = ".nps"
 _SWITCHES_KEPT = 256
 
@@ -38,8 +38,8 @@ T = TypeVar("T", TaskForms, ResidentTask)
 class TaskInfo:
     """One task of a bank.
 
-    ``tier``: the fastest memory that holds it, ``device``, ``host`` or ``disk``; ``nbytes``: what
-    it takes there when it is loaded; ``file_bytes``: what its file takes. ``config``: the
+    ``tier``: the fastest that holds it, ``rebuilt``, ``device``, ``host`` or ``disk``; ``nbytes``:
+    what its changes take when they are loaded; ``file_bytes``: what its file takes. ``config``: the
     fine-tune's config.json (``id2label`` and the like), None where it has none.
     """
 
@@ -142,7 +142,10 @@ class TaskBank:
 
     Tasks lie in the fastest memory that has room, and the least recently used leave first; the
     active and pinned ones stay. With the model on the CPU there are two tiers: ``host`` and
-    ``disk``; with a GPU, ``device`` before them. A task that is loaded again is refused unless its
+    ``disk``; with a GPU, ``device`` before them. Before all of these, ``rebuilt_bytes`` are for
+    tasks whose whole weights are kept, beside the base's, as they were when first active: a switch
+    to one of them exchanges tensors of the model, not words in them. Those that come first stay. A
+    task that is loaded again is refused unless its
     file is byte for byte what was added.
 
     Thread-safe. :meth:`use` keeps the weights as they are for as long as it lasts: other threads
@@ -151,7 +154,7 @@ class TaskBank:
 
     model: loaded from ``base``, a folder, ``.safetensors`` file or cached Hub id, in the dtypes of
     its files, and neither moved, cast nor trained afterwards. device_bytes, host_bytes: budgets of
-    the tiers, None for no limit.
+    the tiers, None for no limit. rebuilt_bytes: likewise, and 0 as long as memory is dear.
 
     Raises:
         CheckpointError: the base can't be read, or a weight of the model is not the base's.
@@ -164,8 +167,14 @@ class TaskBank:
         *,
         device_bytes: int | None = None,
         host_bytes: int | None = None,
+        rebuilt_bytes: int | None = 0,
     ) -> None:
-        for label, budget in (("device_bytes", device_bytes), ("host_bytes", host_bytes)):
+        budgets = {
+            "device_bytes": device_bytes,
+            "host_bytes": host_bytes,
+            "rebuilt_bytes": rebuilt_bytes,
+        }
+        for label, budget in budgets.items():
             if budget is not None and budget < 0:
                 raise InvalidArgumentError(label, budget, "at least 0 bytes")
         self.model = model
@@ -178,6 +187,7 @@ class TaskBank:
         self._near: _Tier[ResidentTask] = (
             _Tier(HOST, host_bytes) if on_host else _Tier(DEVICE, device_bytes)
         )
+        self._rebuilt: _Tier[ResidentTask] = _Tier(REBUILT, rebuilt_bytes)
         self._host: _Tier[TaskForms] | None = None if on_host else _Tier(HOST, host_bytes)
         self._entries: dict[str, _Entry] = {}
         self._active: tuple[_Entry, ResidentTask] | None = None
@@ -197,6 +207,7 @@ class TaskBank:
         *,
         device_bytes: int | None = None,
         host_bytes: int | None = None,
+        rebuilt_bytes: int | None = 0,
         device: Any = None,
         model_class: Any = None,
         **hf_kwargs: Any,
@@ -235,7 +246,13 @@ class TaskBank:
                 raise InvalidArgumentError(
                     "device", str(device), f"one with room ({why})"
                 ) from None
-        bank = cls(model, base, device_bytes=device_bytes, host_bytes=host_bytes)
+        bank = cls(
+            model,
+            base,
+            device_bytes=device_bytes,
+            host_bytes=host_bytes,
+            rebuilt_bytes=rebuilt_bytes,
+        )
         for name, path in named.items():
             bank.add(path, name)
         return bank
@@ -385,7 +402,7 @@ class TaskBank:
             )
 
     def _tiers(self) -> list[_Tier[Any]]:
-        return [self._near, *([self._host] if self._host else [])]
+        return [self._rebuilt, self._near, *([self._host] if self._host else [])]
 
     def _entry(self, name: str) -> _Entry:
         with self._lock:
@@ -463,17 +480,21 @@ class TaskBank:
             return
         entry = self._entry(name)
         with self._lock:
-            is_there = self.active == name or name in self._near.held
+            is_there = self.active == name or self._nearest(name) is not None
             self._count(hits=is_there, misses=not is_there)
         if not is_there:
             with contextlib.suppress(TaskBankError):  # there may be room once it is its turn
                 self._fetch(entry)
 
+    def _nearest(self, name: str) -> ResidentTask | None:
+        """A task as it can be switched to, where it is held so."""
+        return self._rebuilt.get(name) or self._near.get(name)
+
     def _fetch(self, entry: _Entry) -> ResidentTask:
         """A task in the fastest memory, whence it may be evicted at any time."""
         with entry.loading:
             with self._lock:
-                found = self._near.get(entry.name)
+                found = self._nearest(entry.name)
                 if found:
                     return found
                 # Before anything is read, as far as is known.
@@ -529,10 +550,22 @@ class TaskBank:
             raise
         with self._lock:
             self._active = target
-            if target and target[0].name in self._entries:  # it may have been evicted meanwhile
-                self._near.held[target[0].name] = target[1]
+            if (
+                target
+                and target[0].name in self._entries
+                and self._rebuilt.get(target[0].name) is not target[1]
+            ):
+                self._near.held[target[0].name] = target[1]  # it may have been evicted meanwhile
+                self._keep_rebuilt(*target)
             self._switch_seconds.append(time.perf_counter() - start)
             self._counts["switches"] += 1
+
+    def _keep_rebuilt(self, entry: _Entry, active: ResidentTask) -> None:
+        """Keep the weights of the active task, where there is room beside those that are kept."""
+        budget, held = self._rebuilt.budget, self._rebuilt.nbytes
+        if budget is None or held + self._resident.rebuilt_bytes(active) <= budget:
+            with contextlib.suppress(MemoryError, RuntimeError):  # no memory: as it was
+                self._rebuilt.held[entry.name] = self._resident.rebuilt(active)
 
     def _drop(self, *tasks: tuple[_Entry, ResidentTask] | None) -> None:
         """Forget what a switch that failed may have left half-swapped."""

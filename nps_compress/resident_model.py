@@ -220,6 +220,43 @@ class ResidentModel:
             self._left[number] = buffer
         self._broken = False
 
+    def rebuilt_bytes(self, task: ResidentTask) -> int:
+        """Bytes that :meth:`rebuilt` would take."""
+        numbers, rest = self._exchanged(task)
+        tensors = [self._weights[number].tensor for number in numbers]
+        nbytes = _nbytes((*tensors, *task.whole.values()))
+        return nbytes + sum(each.nbytes for each in rest if each)
+
+    def rebuilt(self, task: ResidentTask) -> ResidentTask:
+        """The active task with its weights as they are now, which take the model's place.
+
+        Switching to it moves no words, and it takes as much memory as all weights it changes.
+
+        Raises:
+            OutOfMemoryError of torch, MemoryError: there is no room.
+        """
+        numbers, rest = self._exchanged(task)
+        whole = {number: self._weights[number].tensor.detach().clone() for number in numbers}
+        return ResidentTask(rest, {**whole, **task.whole})
+
+    def _exchanged(self, task: ResidentTask) -> tuple[list[int], tuple[Changes | None, ...]]:
+        """The weights that a task exchanges and that can be taken the place of; the rest of it."""
+        numbers: list[int] = []
+        rest: list[list[Form | None]] = [[None] * len(group.words) for group in self._groups]
+        for number, weight in enumerate(self._weights):
+            changes = task.changes[weight.place[0]] if weight.place else None
+            form = changes.forms[weight.place[1]] if changes and weight.place else None
+            if form is None:
+                continue
+            if weight.owners:
+                numbers.append(number)
+            elif weight.place:
+                rest[weight.place[0]][weight.place[1]] = form
+        return numbers, tuple(
+            Changes(group, forms) if any(forms) else None
+            for group, forms in zip(self._groups, rest, strict=True)
+        )
+
     @property
     def broken(self) -> bool:
         """Whether a switch failed half-way."""

@@ -27,6 +27,7 @@ from nps_compress.errors import (
     TaskBankError,
 )
 from nps_compress.recipe import Recipe
+from nps_compress.resident_model import ResidentModel
 
 RECIPES = {
     "signs": Recipe(prune="signs", density=0.3),
@@ -135,9 +136,12 @@ def test_any_sequence_gives_exactly_what_was_asked_for(worlds, dtype):
     world = worlds[dtype]
 
     class Machine(RuleBasedStateMachine):
-        @initialize(budget=st.sampled_from([None, 12_000, 20_000]))
-        def start(self, budget):
-            self.bank = world.bank(host_bytes=budget)
+        @initialize(
+            budget=st.sampled_from([None, 12_000, 20_000]),
+            rebuilt=st.sampled_from([0, 0, 40_000, None]),
+        )
+        def start(self, budget, rebuilt):
+            self.bank = world.bank(host_bytes=budget, rebuilt_bytes=rebuilt)
             self.active = None
 
         @rule(name=st.sampled_from(list(RECIPES)), verify=st.booleans())
@@ -178,11 +182,13 @@ def test_any_sequence_gives_exactly_what_was_asked_for(worlds, dtype):
             if hasattr(self, "bank"):
                 assert self.bank.active == self.active
                 if self.active:
-                    assert self.bank.tasks()[self.active].tier == "host"
+                    assert self.bank.tasks()[self.active].tier in {"host", "rebuilt"}
                 assert state(self.bank.model) == world.states[self.active]
                 held = self.bank.metrics().nbytes["host"]
                 budget = self.bank._near.budget
                 assert budget is None or held <= budget
+                rebuilt = self.bank._rebuilt
+                assert rebuilt.budget is None or rebuilt.nbytes <= rebuilt.budget
 
         def teardown(self):
             if hasattr(self, "bank"):
@@ -392,6 +398,49 @@ def test_the_least_recently_used_leave_and_pinned_ones_stay(world):
     assert len(metrics.switch_seconds) == 3
 
 
+def test_what_is_kept_rebuilt_is_switched_to_without_a_word_moved(world, monkeypatch):
+    whole = sum(len(data) for _, data in world.states["signs"].values())
+    bank = world.bank(rebuilt_bytes=2 * whole)
+    for path in world.paths.values():
+        bank.add(path)
+    names = ("signs", "magnitude", "sampled")
+    for name in names:
+        bank.activate(name)
+    assert [bank.tasks()[name].tier for name in names] == ["rebuilt", "rebuilt", "host"]
+    held = bank.metrics().nbytes["rebuilt"]
+    assert 0 < held <= 2 * whole
+    bank.deactivate()
+    pointers = {key: tensor.data_ptr() for key, tensor in bank.model.state_dict().items()}
+    with monkeypatch.context() as patch:
+        for function in ("exchange", "switch"):
+            patch.setattr(resident, function, None)
+        for name in ("magnitude", "signs", None, "signs"):
+            bank.activate(name)
+            assert state(bank.model) == world.states[name]
+    for name in ("sampled", "magnitude", "whole", "signs", None):
+        bank.activate(name)
+        assert state(bank.model) == world.states[name]
+    now = {key: tensor.data_ptr() for key, tensor in bank.model.state_dict().items()}
+    assert now == pointers
+    assert bank.metrics().nbytes["rebuilt"] == held
+    bank.remove("signs")
+    bank.remove("magnitude")
+    assert bank.metrics().nbytes["rebuilt"] == 0
+
+
+def test_no_memory_to_keep_a_task_rebuilt_is_no_fault(world, monkeypatch):
+    bank = world.bank(rebuilt_bytes=None)
+    bank.add(world.paths["signs"])
+
+    def full(self, task):
+        raise MemoryError
+
+    monkeypatch.setattr(ResidentModel, "rebuilt", full)
+    bank.activate("signs")
+    assert state(bank.model) == world.states["signs"]
+    assert bank.tasks()["signs"].tier == "host"
+
+
 def test_a_task_in_use_is_not_removed_and_blocks_nest(bank, world):
     bank.activate("whole")
     with bank.use("signs"):
@@ -455,14 +504,15 @@ def test_threads_see_only_what_they_asked_for(world, budget):
 KINDS = ("sequence", "token", "encoder", "causal", "seq2seq", "image", "clip")
 
 
+@pytest.mark.parametrize("rebuilt_bytes", [0, None])
 @pytest.mark.parametrize("kind", KINDS)
-def test_models_of_every_kind(tmp_path, kind):
+def test_models_of_every_kind(tmp_path, kind, rebuilt_bytes):
     folders = [tiny_models.build(kind, tmp_path / str(seed), seed) for seed in range(3)]
     base = folders[0]
     tasks = {}
     for number, recipe in ((1, "signs"), (2, "magnitude")):
         tasks[recipe] = pack(base, folders[number], tmp_path / f"{recipe}.nps", recipe)
-    bank = TaskBank.from_pretrained(base, tasks)
+    bank = TaskBank.from_pretrained(base, tasks, rebuilt_bytes=rebuilt_bytes)
     wanted = {None: state(type(bank.model).from_pretrained(base))}
     for name, path in tasks.items():
         wanted[name] = state(nps_compress.from_pretrained(base, path))

@@ -430,6 +430,7 @@ def test_killed_and_started_again_it_answers_as_before_and_ends_in_good_order(wo
         (["--max-tokens", "1"], "--max-tokens must be at least 2, received 1"),
         (["--timeout", "nan"], "--timeout must be more than 0"),
         (["--cycle-time", "-1"], "--cycle-time must be 0 to 10^6 seconds, received -1.0"),
+        (["--rebuilt-memory", "nan"], "--rebuilt-memory must be 0 to 10^9 GB, received nan"),
         (["--host-memory", "-1"], "--host-memory must be 0 to 10^9 GB, received -1.0"),
         (["--host", "no.such.host.invalid"], "an address to listen on"),
         (["--api-key-file", "none"], "--api-key-file must be a readable file"),

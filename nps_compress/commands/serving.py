@@ -13,8 +13,8 @@ from nps_compress.commands.shared import given
 
 # What vLLM has options of its own for, or no need of.
 _OWN_ENGINE_ONLY = {
-    *("folders", "device", "device_memory", "host_memory", "max_batch", "max_running"),
-    *("max_waiting", "max_body", "max_requests", "timeout", "grace"),
+    *("folders", "device", "device_memory", "host_memory", "rebuilt_memory"),
+    *("max_batch", "max_running", "max_waiting", "max_body", "max_requests", "timeout", "grace"),
 }
 LOOPBACK = "127.0.0.1"
 
@@ -63,6 +63,14 @@ LOOPBACK = "127.0.0.1"
 )
 @click.option(
     "--host-memory", type=float, help="Most GB of tasks in main memory.  [default: all of them]"
+)
+@click.option(
+    "--rebuilt-memory",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="Most GB of tasks kept as whole weights, where the model is: switches between them cost "
+    "next to nothing.",
 )
 @click.option(
     "--cycle-time",

@@ -314,7 +314,7 @@ class ClassificationList(BaseModel):
 class TaskStatus(BaseModel):
     """The base or a task, for people and dashboards. Sizes in bytes.
 
-    ``tier``: the fastest memory that holds it: ``device``, ``host`` or ``disk``.
+    ``tier``: the fastest that holds it: ``rebuilt``, ``device``, ``host`` or ``disk``.
     """
 
     id: str

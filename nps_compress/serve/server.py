@@ -46,6 +46,7 @@ class Settings:
     device: str | None = None
     device_memory: float | None = None
     host_memory: float | None = None
+    rebuilt_memory: float = 0.0
     cycle_time: float = 0.5
     max_batch: int = 16
     max_running: int = 64
@@ -64,7 +65,7 @@ class Settings:
             self._refuse_unless(name, 0 < getattr(self, name) < 1e6, "more than 0, at most 10^6")
         for name in ("cycle_time", "grace"):
             self._refuse_unless(name, 0 <= getattr(self, name) < 1e6, "0 to 10^6 seconds")
-        for name in ("device_memory", "host_memory"):
+        for name in ("device_memory", "host_memory", "rebuilt_memory"):
             value = getattr(self, name)
             self._refuse_unless(name, value is None or 0 <= value < 1e9, "0 to 10^9 GB")
 
@@ -92,6 +93,7 @@ def build(settings: Settings) -> FastAPI:
             settings.tasks,
             device_bytes=_bytes(settings.device_memory),
             host_bytes=_bytes(settings.host_memory),
+            rebuilt_bytes=_bytes(settings.rebuilt_memory),
             device=settings.device or device(),
         )
     catalogue = Catalogue(bank, base, name, settings.folders)
