@@ -1,11 +1,11 @@
 """Seconds to switch a model in memory from one task to another, on the CPU.
 
-Beside it, in turns in the same run: copying every tensor that either task changes, whole, from
-memory; writing only the elements that differ, from a list of places and values; and loading
-its unpacked checkpoint again, into the model that is there. Made weights in the shapes of a small
-Llama. Each is the least of several turns, as time that went by and as CPU time of all threads,
-which other programs on the machine lengthen less. Rows are printed only where the model was exactly
-the task after every switch, and the base at the end.
+Beside it, in turns in the same run: the same with both tasks kept rebuilt; copying every tensor
+that either task changes, whole, from memory; writing only the elements that differ, from a list of
+places and values; and loading its unpacked checkpoint again, into the model that is there. Made
+weights in the shapes of a small Llama. Each is the least of several turns, as time that went by and
+as CPU time of all threads, which other programs on the machine lengthen less. Rows are printed only
+where the model was exactly the task after every switch, and the base at the end.
 """
 
 from __future__ import annotations
@@ -71,8 +71,10 @@ def measure(folder: Path, models: list[Path], kind: str, repeats: int) -> dict[s
     for number in (1, 2):
         nps_compress.pack(base, models[number], out / f"{number}.nps", **KINDS[kind])
         nps_compress.unpack(base, out / f"{number}.nps", out / f"{number}")
-    bank = TaskBank.from_pretrained(base, {name: out / f"{name}.nps" for name in "12"})
-    before, live = {n: t.clone() for n, t in words(bank.model).items()}, words(bank.model)
+    tasks = {name: out / f"{name}.nps" for name in "12"}
+    bank = TaskBank.from_pretrained(base, tasks)
+    kept = TaskBank.from_pretrained(base, tasks, rebuilt_bytes=None)
+    before = {n: t.clone() for n, t in words(bank.model).items()}
     whole = {
         n: {
             name: t.view(torch.int16)
@@ -97,6 +99,9 @@ def measure(folder: Path, models: list[Path], kind: str, repeats: int) -> dict[s
     def switch(n: str) -> None:
         bank.activate(n)
 
+    def rebuilt(n: str) -> None:
+        kept.activate(n)
+
     def copy(n: str) -> None:
         for name in changed:
             scratch[name].copy_(whole[n][name])
@@ -114,12 +119,16 @@ def measure(folder: Path, models: list[Path], kind: str, repeats: int) -> dict[s
 
     ways: dict[str, Callable[[str], None]] = {
         "switch": switch,
+        "rebuilt": rebuilt,
         "copy": copy,
         "scatter": scatter,
         "reload": reload,
     }
     wall, cpu = dict.fromkeys(ways, float("inf")), dict.fromkeys(ways, float("inf"))
     copy("2")
+    for name in "212":
+        kept.activate(name)
+    found = {switch: bank, rebuilt: kept}
     for turn in range(repeats + 1):
         n = "12"[turn % 2]
         for name, way in ways.items():
@@ -128,10 +137,12 @@ def measure(folder: Path, models: list[Path], kind: str, repeats: int) -> dict[s
             if turn:  # the first one warms up
                 wall[name] = min(wall[name], time.perf_counter() - start)
                 cpu[name] = min(cpu[name], time.process_time() - start_cpu)
-            if not right(live if way is switch else scratch, whole[n]):
+            if not right(words(found[way].model) if way in found else scratch, whole[n]):
                 raise SystemExit(f"{kind}: {name} is wrong; nothing is reported")
-    bank.deactivate()
-    if not right(live, before):
+    for one in found.values():
+        one.deactivate()
+        if right(words(one.model), before):
+            continue
         raise SystemExit(f"{kind}: the base is not restored; nothing is reported")
     info = bank.tasks()["1"]
     changed_bytes = sum(whole["1"][name].nbytes for name in changed)
@@ -144,6 +155,8 @@ def measure(folder: Path, models: list[Path], kind: str, repeats: int) -> dict[s
         "threads": workers(),
         **{f"{name}_ms": round(1e3 * wall[name], 1) for name in ways},
         **{f"{name}_cpu_ms": round(1e3 * cpu[name], 1) for name in ways},
+        "switch_over_copy": round(wall["switch"] / wall["copy"], 2),
+        "rebuilt_over_copy": round(wall["rebuilt"] / wall["copy"], 2),
         "switch_over_copy_cpu": round(cpu["switch"] / cpu["copy"], 2),
         "switch_over_scatter_cpu": round(cpu["switch"] / cpu["scatter"], 2),
         "reload_over_switch_cpu": round(cpu["reload"] / cpu["switch"], 2),

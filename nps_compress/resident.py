@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from nps_compress.kernels.form import Factors, Form
     from nps_compress.kernels.table import Changes, Tasks, Tensors
 
-_BLOCKS = 64  # of a tensor that are changed at once: 2^20 elements
+_BLOCKS = 64  # of a tensor that are changed at once: 2^20 elements, or more
+_KEPT = 1 << 17  # where fewer than these change
 _ESCAPE, _BLOCK, _MASK_TILE = forms.ESCAPE, forms.BLOCK, forms.MASK_TILE
 _DTYPES = {table.BF16: BY_NAME["BF16"], table.F16: BY_NAME["F16"], table.F32: BY_NAME["F32"]}
 _FAULT = -1
@@ -61,7 +62,7 @@ def rebuild(changes: Changes, out: Tensors) -> None:
         else:
             _move(form, changes.tensors, span.start, positions, ranks, after)
 
-    _for_each_span(changes.tensors, run)
+    _for_each_span(run, changes)
 
 
 def exchange(changes: Changes, old: torch.Tensor | None = None, *, undo: bool = False) -> None:
@@ -79,9 +80,7 @@ def exchange(changes: Changes, old: torch.Tensor | None = None, *, undo: bool = 
         on_device(changes, old, undo=undo)
         return
     left = to_numpy(changes.check_old(old))
-    _for_each_span(
-        changes.tensors, lambda number, span: _exchange(changes, number, span, left, undo)
-    )
+    _for_each_span(lambda number, span: _exchange(changes, number, span, left, undo), changes)
 
 
 def switch(
@@ -109,7 +108,7 @@ def switch(
         _exchange(left, number, span, outgoing, True)
         _exchange(right, number, span, incoming, False)
 
-    _for_each_span(left.tensors, run)
+    _for_each_span(run, left, right)
 
 
 def delta_matmul(
@@ -176,13 +175,16 @@ def _multiply(changes: Changes, number: int, output: int, x: Float32, totals: Fl
     _add_products(positions, numbers, first - whole.start, x, totals)
 
 
-def _for_each_span(tensors: Tensors, run: Callable[[int, slice], None]) -> None:
-    size = _BLOCKS * _BLOCK
+def _for_each_span(run: Callable[[int, slice], None], *tasks: Changes) -> None:
+    """Spans of all tensors: long ones where little changes, as each takes its time to begin."""
 
     def spans() -> Iterator[tuple[int, slice]]:
-        for number, words in enumerate(tensors.words):
-            for start in range(0, words.numel(), size):
-                yield number, slice(start, min(start + size, words.numel()))
+        for number, words in enumerate(tasks[0].tensors.words):
+            forms = [form for task in tasks if (form := task.forms[number])]
+            kept = max((form.nnz for form in forms), default=0)
+            blocks = max(_BLOCKS, -(-words.numel() // _BLOCK) * _KEPT // max(kept, 1))
+            for start in range(0, words.numel(), blocks * _BLOCK):
+                yield number, slice(start, min(start + blocks * _BLOCK, words.numel()))
 
     with ThreadPoolExecutor(workers()) as pool:
         for _ in pool.map(lambda item: run(*item), spans()):

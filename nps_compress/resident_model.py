@@ -418,11 +418,15 @@ class ResidentModel:
         """Give a weight's owners another tensor; None: the model's own."""
         weight = self._weights[number]
         weight.held = tensor
+        shared: dict[bool, nn.Parameter] = {}  # tied weights stay one parameter
         for module, leaf, own in weight.owners:
             if tensor is None:
                 setattr(module, leaf, own)
             elif isinstance(own, nn.Parameter):
-                setattr(module, leaf, nn.Parameter(tensor, requires_grad=own.requires_grad))
+                trained = own.requires_grad
+                if trained not in shared:
+                    shared[trained] = nn.Parameter(tensor, requires_grad=trained)
+                setattr(module, leaf, shared[trained])
             else:
                 setattr(module, leaf, tensor)
 

@@ -417,6 +417,7 @@ def test_what_is_kept_rebuilt_is_switched_to_without_a_word_moved(world, monkeyp
         for name in ("magnitude", "signs", None, "signs"):
             bank.activate(name)
             assert state(bank.model) == world.states[name]
+        assert bank.model.out.weight is bank.model.embed.weight
     for name in ("sampled", "magnitude", "whole", "signs", None):
         bank.activate(name)
         assert state(bank.model) == world.states[name]
