@@ -36,19 +36,19 @@ def test_keeps_its_turn_until_the_cycle_is_over():
     found = scheduler(clock)
     found.add("a", [1, 2, 3])
     assert found.turn() == ("a",)
-    assert found.take("a") == [1, 2]
+    assert found.take(("a",)) == [1, 2]
     found.add("b", [4])
     clock.now = 0.9
     assert found.turn() == ("a",)
-    assert found.upcoming() == ("b",)
+    assert found.upcoming() == ["b"]
     clock.now = 1.0
     assert found.turn() == ("b",)
-    assert found.take("b") == [4]
+    assert found.take(("b",)) == [4]
     found.finish("b")
     assert found.turn() == ("a",)  # whose items still run
-    assert found.take("a") == []
+    assert found.take(("a",)) == []
     found.finish("a", 2)
-    assert found.take("a") == [3]
+    assert found.take(("a",)) == [3]
     found.finish("a")
     assert found.turn() is None
     assert found.waiting() == found.running() == {}
@@ -59,7 +59,7 @@ def test_alone_it_goes_on_and_gives_way_at_once_when_its_time_is_over():
     found = scheduler(clock)
     found.add("a", [1])
     assert found.turn() == ("a",)
-    found.take("a")
+    found.take(("a",))
     clock.now = 50.0
     assert found.turn() == ("a",)
     found.add(None, [2])
@@ -75,7 +75,7 @@ def test_whoever_has_been_without_for_longest_is_next():
     for _ in range(9):
         clock.now += 1
         (task,) = found.turn()
-        found.take(task)
+        found.take((task,))
         found.finish(task)
         order.append(task)
     assert "".join(order) == "abcabcabc"
@@ -97,7 +97,7 @@ def test_withdraws_only_what_waits():
     found = scheduler(Clock(), max_batch=1)
     found.add("a", [1, 2, 3])
     found.turn()
-    assert found.take("a") == [1]
+    assert found.take(("a",)) == [1]
     assert found.withdraw("a", [1, 3]) == [3]
     assert found.waiting() == {"a": 1}
     assert found.withdraw("other", [1]) == []
@@ -108,14 +108,14 @@ def test_a_free_place_goes_to_a_task_that_has_none():
     found = scheduler(clock, max_batch=4, max_running=4)
     found.add("a", list(range(9)))
     found.turn()
-    assert len(found.take("a")) == 4
+    assert len(found.take(("a",))) == 4
     found.add("b", [1])
     clock.now = 5.0
     assert found.turn() == ("a",)  # all places are taken
     found.finish("a")
-    assert found.take("a") == []  # which is kept free
+    assert found.take(("a",)) == []  # which is kept free
     assert found.turn() == ("b",)
-    assert found.take("b") == [1]
+    assert found.take(("b",)) == [1]
 
 
 def test_no_more_finish_than_run():
@@ -161,7 +161,7 @@ def test_everything_finishes_in_its_order_and_nobody_waits_for_long(
             clock.now += 1
             continue
         (task,) = turn
-        taken = found.take(task)
+        taken = found.take((task,))
         started[task] += taken
         running[task] += taken
         assert running[task], "a turn with nothing to do"
@@ -206,7 +206,7 @@ def test_a_single_request_is_served_under_sustained_load_of_others(
             single = next(numbers)
             found.add("c", [single])
         (task,) = found.turn()
-        for item in found.take(task):
+        for item in found.take((task,)):
             left[item] = steps
             by_task[task].append(item)
         clock.now += 1

@@ -47,6 +47,7 @@ class Settings:
     device_memory: float | None = None
     host_memory: float | None = None
     cycle_time: float = 0.5
+    mixed: bool = False
     max_batch: int = 16
     max_running: int = 64
     max_waiting: int = 256
@@ -102,6 +103,7 @@ def build(settings: Settings) -> FastAPI:
         max_waiting=settings.max_waiting,
         max_batch=settings.max_batch,
         max_running=settings.max_running,
+        mixed=settings.mixed,
     )
     return create_app(
         Engine(bank, metrics, limits),
