@@ -442,6 +442,7 @@ class Engine:
 
     def _fail_turn(self, turn: Turn, error: RequestError) -> None:
         """Everything that the tasks of a turn have to do."""
+        self._groups.pop(turn, None)
         waiting, running = self.work()
         for task in {*waiting, *running} if turn == MIXED else {turn[0]}:
             if turn != MIXED or self._is_mixed(task):
