@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+import weakref
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,10 +19,12 @@ from nps_compress.errors import (
     CheckpointError,
     FormatError,
     InvalidArgumentError,
+    NotMixableError,
     NpsError,
     TaskBankError,
 )
 from nps_compress.lazy import LazyTensors, base_tensors, base_under_names_of
+from nps_compress.mixed_model import MixedModel, MixedTask, mixed_task
 from nps_compress.pretrained import config_difference, load, parsed_config
 from nps_compress.reconstruct import Task
 from nps_compress.resident_model import ResidentModel, ResidentTask, TaskForms
@@ -85,6 +88,7 @@ class _Entry:
     content_digest: str = ""
     nbytes: int = 0
     config: Mapping[str, Any] | None = None
+    mixes: bool | None = None  # None: nobody tried
     loading: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -192,6 +196,10 @@ class TaskBank:
         self._entries: dict[str, _Entry] = {}
         self._active: tuple[_Entry, ResidentTask] | None = None
         self._in_use: list[str | None] = []  # by use() blocks, of the one thread that may
+        self._mixed: MixedModel | None = None  # of the mix() block, likewise
+        self._mixed_tasks: weakref.WeakKeyDictionary[ResidentTask, MixedTask] = (
+            weakref.WeakKeyDictionary()
+        )
         self._weights_lock = threading.RLock()  # of the weights; held for long
         self._lock = threading.RLock()  # of all else here; held for short
         self._counts = dict.fromkeys(
@@ -302,7 +310,7 @@ class TaskBank:
         """
         self._entry(name)
         with self._weights_lock:
-            if name in self._in_use:
+            if name in self._in_use or name in self._in_mix():
                 raise TaskBankError(f"task {name!r} is in use")
             if self.active == name:
                 self._activate(None)
@@ -321,6 +329,7 @@ class TaskBank:
         """
         self._prepare(name)
         with self._weights_lock:
+            self._refuse_in_mix()
             self._activate(name)
 
     def deactivate(self) -> None:
@@ -339,6 +348,7 @@ class TaskBank:
         """
         self._prepare(name)
         with self._weights_lock:
+            self._refuse_in_mix()
             before = self.active
             self._activate(name)
             self._in_use.append(name)
@@ -346,6 +356,32 @@ class TaskBank:
                 yield self.model
             finally:
                 self._in_use.pop()
+                if not keep:
+                    self._activate(before if before in self._entries else None)
+
+    @contextlib.contextmanager
+    def mix(self, names: Sequence[str] = (), *, keep: bool = False) -> Iterator[MixedModel]:
+        """The model for batches with rows of several of these tasks and of the base.
+
+        The base is active for the length of the block, then what was before; keep: the base still.
+        Answers agree with the task's own up to rounding. More tasks may join in the block; all of
+        them stay in memory, and beside what the tiers count, what they change in embeddings does.
+        A task is compared with itself, active, when it joins for the first time.
+
+        Raises:
+            NotMixableError: a task can't be, for good: :meth:`use` it. As :meth:`activate`.
+        """
+        with self._weights_lock:
+            self._refuse_in_mix()
+            before = self.active
+            self._activate(None)
+            try:
+                with MixedModel(self._resident, self._joining) as self._mixed:
+                    for name in names:
+                        self._mixed.join(name)
+                    yield self._mixed
+            finally:
+                self._mixed = None
                 if not keep:
                     self._activate(before if before in self._entries else None)
 
@@ -437,7 +473,14 @@ class TaskBank:
     def _kept(self) -> set[str]:
         """What must not be evicted."""
         pinned = {name for name, entry in self._entries.items() if entry.pinned}
-        return pinned | {name for name in (self.active,) if name}
+        return pinned | {name for name in (self.active, *self._in_mix()) if name}
+
+    def _in_mix(self) -> list[str]:
+        return self._mixed.names if self._mixed else []
+
+    def _refuse_in_mix(self) -> None:
+        if self._mixed:
+            raise TaskBankError("tasks are mixed in this block, whose weights are the base's")
 
     def _read(self, entry: _Entry, *, verify: bool) -> TaskForms:
         """Decode a task from its file, which must be the one that was added."""
@@ -490,11 +533,15 @@ class TaskBank:
         """A task as it can be switched to, where it is held so."""
         return self._rebuilt.get(name) or self._near.get(name)
 
-    def _fetch(self, entry: _Entry) -> ResidentTask:
-        """A task in the fastest memory, whence it may be evicted at any time."""
+    def _fetch(self, entry: _Entry, *, rebuilt: bool = True) -> ResidentTask:
+        """A task in the fastest memory, whence it may be evicted at any time.
+
+        rebuilt: its whole weights will do, where they are kept.
+        """
         with entry.loading:
             with self._lock:
-                found = self._nearest(entry.name)
+                name = entry.name
+                found = self._nearest(name) if rebuilt else self._near.get(name)
                 if found:
                     return found
                 # Before anything is read, as far as is known.
@@ -556,7 +603,8 @@ class TaskBank:
                 and self._rebuilt.get(target[0].name) is not target[1]
             ):
                 self._near.held[target[0].name] = target[1]  # it may have been evicted meanwhile
-                self._keep_rebuilt(*target)
+                if not self._mixed:  # where it is only tried
+                    self._keep_rebuilt(*target)
             self._switch_seconds.append(time.perf_counter() - start)
             self._counts["switches"] += 1
 
@@ -566,6 +614,35 @@ class TaskBank:
         if budget is None or held + self._resident.rebuilt_bytes(active) <= budget:
             with contextlib.suppress(MemoryError, RuntimeError):  # no memory: as it was
                 self._rebuilt.held[entry.name] = self._resident.rebuilt(active)
+
+    def _joining(self, name: str) -> MixedTask:
+        """A task for the mix, with the base active."""
+        entry = self._entry(name)
+        if entry.mixes is False:
+            raise NotMixableError(f"task {name!r} can't be mixed, as was found before")
+        self._prepare(name)
+        placed = self._fetch(entry, rebuilt=False)
+        try:
+            if placed not in self._mixed_tasks:
+                self._mixed_tasks[placed] = mixed_task(self._resident, placed)
+            found = self._mixed_tasks[placed]
+            if entry.mixes is None and self._mixed:
+                self._mixed.check(found, lambda: self._trying(name))
+                entry.mixes = True
+        except NotMixableError as error:
+            entry.mixes = False
+            raise NotMixableError(f"task {name!r} can't be mixed: {error}") from None
+        except (MemoryError, RuntimeError) as error:  # what torch raises where memory is full
+            raise TaskBankError(f"there is no memory to mix task {name!r} ({error})") from None
+        return found
+
+    @contextlib.contextmanager
+    def _trying(self, name: str) -> Iterator[None]:
+        self._activate(name)
+        try:
+            yield
+        finally:
+            self._activate(None)
 
     def _drop(self, *tasks: tuple[_Entry, ResidentTask] | None) -> None:
         """Forget what a switch that failed may have left half-swapped."""

@@ -13,6 +13,7 @@
     ├── FormatError               a .nps file breaks a rule of format_spec/SPEC.md
     ├── BaseMismatchError         the base is not the one the task was packed against
     ├── TaskBankError             a task bank can't do what was asked
+    │   └── NotMixableError       a task can't share a batch with others
     ├── BenchmarkError            what was measured is not what the file promises
     ├── OutputExistsError         the output is there already
     ├── OutputTooLargeError       the output would exceed a limit or the free space
@@ -106,6 +107,10 @@ class BaseMismatchError(NpsError):
 
 class TaskBankError(NpsError):
     """A task bank can't do what was asked; the task that was active still is."""
+
+
+class NotMixableError(TaskBankError):
+    """What a task changes can't be added to the outputs of its own rows of a batch."""
 
 
 class BenchmarkError(NpsError):

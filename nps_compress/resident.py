@@ -139,20 +139,26 @@ def delta_matmul(
     (batch, columns), outputs = x.shape, y.shape[1]
     bounds = [min(max(start, 0), batch) for start in starts.tolist()]
     at_once = max(1, _BLOCKS * _BLOCK // max(columns, 1))  # rows of the weight
-    with ThreadPoolExecutor(workers()) as pool:
-        for changes, first, end in zip(tasks.changes, bounds[:-1], bounds[1:], strict=True):
-            if first >= end or changes.forms[number] is None:
-                continue
-            of_task = np.ascontiguousarray(x.detach()[first:end].float().numpy().T)
-            totals = np.zeros((outputs, end - first), np.float32)
-            parts = [
-                pool.submit(_multiply, changes, number, at, of_task, totals[at : at + at_once])
-                for at in range(0, outputs, at_once)
-            ]
-            for part in parts:
-                part.result()
-            target = y.detach()[first:end]
-            target.copy_(target.float() + torch.from_numpy(totals.T))
+    parts: list[tuple[Changes, int, int, Float32, Float32]] = []
+    found: list[tuple[slice, Float32]] = []
+    for changes, first, end in zip(tasks.changes, bounds[:-1], bounds[1:], strict=True):
+        if first >= end or changes.forms[number] is None:
+            continue
+        of_task = np.ascontiguousarray(x.detach()[first:end].float().numpy().T)
+        totals = np.zeros((outputs, end - first), np.float32)
+        found.append((slice(first, end), totals))
+        for at in range(0, outputs, at_once):
+            parts.append((changes, number, at, of_task, totals[at : at + at_once]))
+    if len(found) * columns * outputs < _BLOCKS * _BLOCK:  # sooner done than threads start
+        for part in parts:
+            _multiply(*part)
+    else:
+        with ThreadPoolExecutor(workers()) as pool:
+            for _ in pool.map(lambda part: _multiply(*part), parts):
+                pass
+    for rows, totals in found:
+        target = y.detach()[rows]
+        target.copy_(target.float() + torch.from_numpy(totals.T))
 
 
 def _multiply(changes: Changes, number: int, output: int, x: Float32, totals: Float32) -> None:

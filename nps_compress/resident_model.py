@@ -7,7 +7,7 @@ are exchanged in place, others (a head of another number of classes) take the pa
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,7 +48,7 @@ class TaskForms:
         return sum(form.nbytes for form in self.forms.values()) + _nbytes(self.whole.values())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ResidentTask:
     """The same where the weights are: ready to be exchanged. changes: one a group of weights."""
 
@@ -62,7 +62,7 @@ class ResidentTask:
 
 
 @dataclass
-class _Weight:
+class Weight:
     """A parameter or buffer, and what the base has there.
 
     ``names``: those that lead to it in the model's file, several where weights are tied. ``file``:
@@ -117,6 +117,16 @@ class ResidentModel:
         self._left: list[torch.Tensor | None] = [None] * len(self._groups)  # of the active task
         self._spare: list[torch.Tensor | None] = [None] * len(self._groups)
         self._broken = False
+
+    @property
+    def weights(self) -> Sequence[Weight]:
+        """Every weight once."""
+        return self._weights
+
+    @property
+    def groups(self) -> Sequence[Tensors]:
+        """Contiguous weights of one dtype on one device together; a task's changes are by group."""
+        return self._groups
 
     @property
     def on_host(self) -> bool:
@@ -290,7 +300,7 @@ class ResidentModel:
                         "since the bank was made"
                     )
 
-    def _find_in_checkpoint(self, weight: _Weight) -> None:
+    def _find_in_checkpoint(self, weight: Weight) -> None:
         for name in weight.names:
             for spelling in self._spellings(name):
                 file = self.checkpoint.tensors.get(spelling)
@@ -298,7 +308,7 @@ class ResidentModel:
                     weight.file = file
                     return
 
-    def _check(self, weight: _Weight) -> None:
+    def _check(self, weight: Weight) -> None:
         """Compare a weight with the base's file, and note its digest."""
         tensor, file = weight.tensor, weight.file
         if tensor.is_meta or isinstance(tensor, DTensor):
@@ -316,12 +326,12 @@ class ResidentModel:
         elif digest(file.read()) != weight.digest:
             raise self._unusable(weight, f"is not what {file.file.name} holds as {file.name!r}")
 
-    def _unusable(self, weight: _Weight, why: str) -> CheckpointError:
+    def _unusable(self, weight: Weight, why: str) -> CheckpointError:
         return CheckpointError(self.checkpoint.path, f"the model's {weight.names[0]!r} {why}")
 
     def _grouped(self) -> list[Tensors]:
         """Contiguous weights of one dtype on one device together."""
-        groups: dict[tuple[torch.dtype, torch.device], list[_Weight]] = {}
+        groups: dict[tuple[torch.dtype, torch.device], list[Weight]] = {}
         for weight in self._weights:
             if weight.tensor.is_contiguous():
                 groups.setdefault((weight.tensor.dtype, weight.tensor.device), []).append(weight)
@@ -431,7 +441,7 @@ class ResidentModel:
                 setattr(module, leaf, tensor)
 
 
-def _weights(model: nn.Module) -> Iterator[_Weight]:
+def _weights(model: nn.Module) -> Iterator[Weight]:
     """Every weight once, by its names in the model's file."""
     is_of_transformers = hasattr(model, "base_model_prefix")
     named = weights_of(model) if is_of_transformers else model.state_dict()
@@ -440,11 +450,11 @@ def _weights(model: nn.Module) -> Iterator[_Weight]:
         for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and tensor.numel():
                 owners.setdefault(_key(tensor), []).append((module, leaf, tensor))
-    found: dict[object, _Weight] = {}
+    found: dict[object, Weight] = {}
     for name, tensor in named.items():
         if isinstance(tensor, torch.Tensor):
             key = _key(tensor) if tensor.numel() else name
-            weight = found.setdefault(key, _Weight([], tensor, owners.get(_key(tensor), [])))
+            weight = found.setdefault(key, Weight([], tensor, owners.get(_key(tensor), [])))
             weight.names.append(name)
     yield from found.values()
 

@@ -80,6 +80,7 @@ ORDER = [
     "pretrained",
     "quantizer",
     "resident_model",
+    "mixed_model",
     "bank",
     "packed",
     "bundle",
@@ -168,7 +169,7 @@ ONLY_IN = {
     "torch": {
         *("kernels", "torch_words", "batches", "adapters", "models", "divergence", "fitness"),
         *("importance", "resident", "reconstruct", "live", "evaluator", "lazy", "merging.exams"),
-        *("quantizer", "resident_model", "bank"),
+        *("quantizer", "resident_model", "mixed_model", "bank"),
         *("serve.sampling", "serve.decoding", "serve.engine"),
         *("vllm.launch", "vllm.loader", "vllm.stream", "vllm.switching"),
     },

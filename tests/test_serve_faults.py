@@ -47,7 +47,10 @@ def check_all(world, server):
         assert server.text(name, PROMPT) == world.greedy(name, PROMPT, 8)[0]
 
 
-@pytest.mark.parametrize("options", [{"max_batch": 2}, {"max_batch": 4, "max_running": 4}])
+@pytest.mark.parametrize(
+    "options",
+    [{"max_batch": 2}, {"max_batch": 4, "max_running": 4}, {"max_batch": 4, "mixed": True}],
+)
 def test_a_task_is_served_while_another_never_rests(world, options):
     """With and without room for it among what runs."""
     with servers.running(world.settings(cycle_time=0.1, **options)) as server:
@@ -185,7 +188,8 @@ def test_a_client_that_hangs_up_is_not_worked_for(world):
         assert 'nps_requests_total{status="499",task="law"} 2.0' in text
 
 
-def test_files_that_change_while_they_are_served(unsafe_copy):
+@pytest.mark.parametrize("mixed", [False, True])
+def test_files_that_change_while_they_are_served(unsafe_copy, mixed):
     """With room for one task in memory, so that each is read again and again."""
     world = unsafe_copy
     good = {name: path.read_bytes() for name, path in world.tasks.items()}
@@ -193,7 +197,7 @@ def test_files_that_change_while_they_are_served(unsafe_copy):
         task.nbytes for task in TaskBank.from_pretrained(world.base, world.tasks).tasks().values()
     ]
     assert max(sizes) < 1.5 * min(sizes)
-    with servers.running(world.settings(host_memory=1.5e-9 * min(sizes))) as server:
+    with servers.running(world.settings(host_memory=1.5e-9 * min(sizes), mixed=mixed)) as server:
         tiers = [task["tier"] for task in server.http.get("/status").json()["tasks"]]
         assert sorted(tiers) == ["disk", "disk", "host", "host"]  # the base, and one task
         check_all(world, server)
@@ -223,9 +227,10 @@ def test_a_file_that_is_in_memory_is_not_missed(unsafe_copy):
         check_all(unsafe_copy, server)
 
 
+@pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("error", [MemoryError, RuntimeError])
-def test_no_memory_for_a_switch(world, monkeypatch, error):
-    with servers.running(world.settings()) as server:
+def test_no_memory_for_a_switch(world, monkeypatch, error, mixed):
+    with servers.running(world.settings(mixed=mixed)) as server:
         original = resident.exchange
         failing = True
 

@@ -13,7 +13,7 @@ from nps_compress.commands.shared import given
 
 # What vLLM has options of its own for, or no need of.
 _OWN_ENGINE_ONLY = {
-    *("folders", "device", "device_memory", "host_memory", "rebuilt_memory"),
+    *("folders", "device", "device_memory", "host_memory", "rebuilt_memory", "mixed"),
     *("max_batch", "max_running", "max_waiting", "max_body", "max_requests", "timeout", "grace"),
 }
 LOOPBACK = "127.0.0.1"
@@ -78,6 +78,12 @@ LOOPBACK = "127.0.0.1"
     default=0.5,
     show_default=True,
     help="Seconds that a task keeps the model while others wait.",
+)
+@click.option(
+    "--mixed",
+    is_flag=True,
+    help="Answer requests of several tasks in one batch, by adding each task's changes to the "
+    "outputs. Answers agree with the task's own up to rounding.  [default: tasks take turns]",
 )
 @click.option(
     "--max-batch", type=int, default=16, show_default=True, help="Most rows of a task at once."

@@ -1,4 +1,4 @@
-"""Sequences of one task that are decoded together, and what the model remembers of them."""
+"""Sequences that are decoded together, and what the model remembers of them."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class Sequences:
         return self._forward(model, new)
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows only, ascending."""
-        if len(rows) == self.rows:
+        """Go on with these rows only, in this order."""
+        if list(rows) == list(range(self.rows)):
             return
         at = torch.tensor(rows, dtype=torch.int64, device=self._mask.device)
         self._cache.batch_select_indices(at)

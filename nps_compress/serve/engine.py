@@ -1,7 +1,8 @@
-"""The thread that owns the model: batches of one task, in the turns of the scheduler."""
+"""The thread that owns the model: batches of one task or mixed, in the turns of the scheduler."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -15,13 +16,14 @@ import torch
 
 from nps_compress.bank import TaskBank
 from nps_compress.batches import Encoded
-from nps_compress.errors import InvalidArgumentError, NpsError, TaskBankError
+from nps_compress.errors import InvalidArgumentError, NotMixableError, NpsError, TaskBankError
+from nps_compress.mixed_model import MixedModel
 from nps_compress.serve.decoding import Sequences
 from nps_compress.serve.failures import RequestError
 from nps_compress.serve.jobs import Generation, Job, Piece, Reading, TokenScore
 from nps_compress.serve.metrics import Metrics
 from nps_compress.serve.sampling import choose, generator_of, log_probabilities
-from nps_compress.serve.scheduler import CycleScheduler, QueueFullError
+from nps_compress.serve.scheduler import MIXED, CycleScheduler, QueueFullError, Turn
 from nps_compress.serve.texts import TextStream
 
 log = logging.getLogger(__name__)
@@ -34,13 +36,15 @@ _NO_NUMBERS = RequestError(500, "the model gave no numbers (NaN)")
 class EngineLimits:
     """``cycle_s``: seconds of a turn while others wait; ``max_waiting``: items of a task in its
     queue; ``max_batch``: rows of a task at once; ``max_running``: rows that are begun, of all;
-    ``max_pass_tokens``: positions of one pass over prompts, padding included."""
+    ``max_pass_tokens``: positions of one pass over prompts, padding included; ``mixed``: whether
+    a batch may have rows of several tasks."""
 
     cycle_s: float = 0.5
     max_waiting: int = 256
     max_batch: int = 16
     max_running: int = 64
     max_pass_tokens: int = 8192
+    mixed: bool = False
 
 
 @dataclass(eq=False)
@@ -63,12 +67,13 @@ class _Group:
 
 
 class Engine:
-    """Does jobs, in batches of one task.
+    """Does jobs, in batches of one task or mixed.
 
     bank: nobody else switches it from now on.
 
     While a task has its turn, its new jobs join those that run. When the turn is over, running
-    ones keep their keys and values, and go on at the next.
+    ones keep their keys and values, and go on at the next. Where tasks are mixed, they and the base
+    share a turn; one that can't be, or for which there is no room beside them, has its own.
     """
 
     def __init__(
@@ -85,11 +90,16 @@ class Engine:
             max_waiting=limits.max_waiting,
             max_batch=limits.max_batch,
             max_running=limits.max_running,
+            is_mixed=self._is_mixed,
         )
         self._changed = threading.Condition()  # guards the scheduler and what follows
         self._calls: list[tuple[Callable[[], Any], Future[Any]]] = []
         self._stopping = False
-        self._groups: dict[str | None, list[_Group]] = {}
+        self._groups: dict[Turn, list[_Group]] = {}
+        self._mixing = limits.mixed
+        self._unmixable: set[str | None] = set()
+        self._without_room: set[str | None] = set()  # to be mixed, until their own turn's work ends
+        self._put_off: dict[str | None, list[Job]] = {}  # taken for the mix, for their own turn
         self._begun: set[Job] = set()  # taken from the scheduler, and not finished
         self._prefetching = ThreadPoolExecutor(1, thread_name_prefix="nps-prefetch")
         self._thread = threading.Thread(target=self._run, name="nps-engine", daemon=True)
@@ -150,6 +160,7 @@ class Engine:
         """A task was removed, and has no work."""
         with self._changed:
             self._scheduler.forget(task)
+            self._unmixable.discard(task)
 
     @property
     def alive(self) -> bool:
@@ -167,7 +178,7 @@ class Engine:
     def _run(self) -> None:
         while True:
             with self._changed:
-                turn = None
+                turn: Turn | None = None
                 while not (self._calls or self._stopping or (turn := self._scheduler.turn())):
                     self._changed.wait()
                 calls, self._calls = self._calls, []
@@ -176,7 +187,7 @@ class Engine:
             for function, answer in calls:
                 _answer(function, answer)
             if turn:
-                self._take_turn(turn[0])
+                self._take_turn(turn)
         error = RequestError(503, "the server is shutting down", retry_after=1)
         for _, answer in calls:
             if answer.set_running_or_notify_cancel():
@@ -186,23 +197,38 @@ class Engine:
         for task in tasks:
             self._fail_all(task, error)
 
-    def _take_turn(self, task: str | None) -> None:
+    def _take_turn(self, turn: Turn) -> None:
         self._prefetch_next()
         try:
-            with self.bank.use(task, keep=True) as model:
-                while True:
-                    self._step(task, model)
-                    with self._changed:
-                        if self._calls or self._stopping or self._scheduler.turn() != (task,):
-                            return
+            if turn == MIXED:
+                with self.bank.mix(keep=True) as mixed:
+                    self._work(turn, mixed.model, mixed)
+            else:
+                with self.bank.use(turn[0], keep=True) as model:
+                    self._work(turn, model)
+        except NotMixableError as error:  # of some input of the model's: too late for their rows
+            log.error("tasks are mixed no more: %s", error)
+            self._fail_turn(turn, RequestError(503, "the server failed; try again", retry_after=1))
+            self._mixing = False
         except NpsError as error:
             if isinstance(error, TaskBankError) and self._leave_task():
                 return  # there may be room without the task that was active: the turn goes on
-            log.error("task %r can't be used: %s", task, error)
-            self._fail_all(task, _unusable(error))
+            log.error("turn %r can't be taken: %s", turn, error)
+            self._fail_turn(turn, _unusable(error))
         except Exception:  # the thread must outlive whatever it is
-            log.exception("task %r can't be used", task)
-            self._fail_all(task, RequestError(500, "the server failed; see its log"))
+            log.exception("turn %r can't be taken", turn)
+            self._fail_turn(turn, RequestError(500, "the server failed; see its log"))
+
+    def _work(self, turn: Turn, model: Any, mixed: MixedModel | None = None) -> None:
+        """Steps, until the turn is over."""
+        while True:
+            self._step(turn, model, mixed)
+            with self._changed:
+                if self._calls or self._stopping or self._scheduler.turn() != turn:
+                    return
+
+    def _is_mixed(self, task: str | None) -> bool:
+        return self._mixing and task not in self._unmixable and task not in self._without_room
 
     def _leave_task(self) -> bool:
         """Go back to the base. -> whether another task was active until now."""
@@ -219,37 +245,85 @@ class Engine:
         """Load whose turn is next from disk, while this one's lasts."""
         with self._changed:
             upcoming = self._scheduler.upcoming()
-        if upcoming and upcoming[0] is not None:
-            self._prefetching.submit(_try_prefetch, self.bank, upcoming[0])
+        for task in upcoming:
+            if task is not None:
+                self._prefetching.submit(_try_prefetch, self.bank, task)
 
-    def _step(self, task: str | None, model: Any) -> None:
+    def _step(self, turn: Turn, model: Any, mixed: MixedModel | None) -> None:
         """One pass of what runs, and of what begins to."""
         with self._changed:
-            taken = self._scheduler.take(task)
+            taken = self._scheduler.take(turn)
             self._begun.update(taken)
             self._count()
-        groups = self._groups.setdefault(task, [])
+        groups = self._groups.setdefault(turn, [])
+        for group in groups:
+            self._drop(group, [row for row in group.rows if row.job.cancelled])
+        if mixed:
+            running = [row.job for group in groups for row in group.rows]
+            taken = self._let_in(mixed, running, taken)
+        else:
+            taken += self._put_off.pop(turn[0], [])
         for group in groups:
             jobs = [row.job for row in group.rows]
-            self._guarded(jobs, partial(self._advance, model, group))
+            self._guarded(jobs, partial(self._advance, model, group), mixed)
         groups[:] = [group for group in groups if any(r.job in self._begun for r in group.rows)]
         prompts = [job for job in taken if isinstance(job, Generation)]
         for batch in _passes(prompts, lambda job: len(job.prompt), self.limits.max_pass_tokens):
-            self._guarded(batch, partial(self._begin, model, groups, batch))
+            batch.sort(key=_place)
+            self._guarded(batch, partial(self._begin, model, groups, batch), mixed)
         limit = self.limits.max_pass_tokens
         if model.config.get_text_config().pad_token_id is None:
             limit = 0  # a model that looks for the last token of a text would not find it
-        for use in ("embed", "classify"):
-            readings = [job for job in taken if isinstance(job, Reading) and job.use == use]
+        for readings in _alike([job for job in taken if isinstance(job, Reading)]):
             for rows in _passes(readings, lambda job: len(job.row["input_ids"]), limit):
-                self._guarded(rows, partial(self._read, model, rows))
+                rows.sort(key=_place)
+                self._guarded(rows, partial(self._read, rows), mixed)
+        if mixed:
+            left = {row.job.task for group in groups for row in group.rows}
+            for name in mixed.names:
+                if name not in left:
+                    mixed.leave(name)
         if not groups:
-            del self._groups[task]
+            del self._groups[turn]
+            if turn != MIXED:
+                self._without_room.discard(turn[0])
 
-    def _guarded(self, jobs: Sequence[Job], function: Callable[[], None]) -> None:
-        """Whatever the model raises fails the jobs of this pass, and no others."""
+    def _let_in(self, mixed: MixedModel, running: Sequence[Job], taken: Sequence[Job]) -> list[Job]:
+        """Let the tasks in that have something to do. -> what may begin of what was taken."""
+        for task in dict.fromkeys(job.task for job in (*running, *taken)):
+            try:
+                if task is not None:
+                    mixed.join(task)
+            except TaskBankError as error:
+                log.warning("task %r has turns of its own: %s", task, error)
+                is_for_good = isinstance(error, NotMixableError)
+                (self._unmixable if is_for_good else self._without_room).add(task)
+                self._put_off[task] = [job for job in taken if job.task == task]
+                self._end([job for job in running if job.task == task], _unusable(error))
+            except NpsError as error:
+                log.error("task %r can't be used: %s", task, error)
+                self._fail_all(task, _unusable(error))
+        names = {None, *mixed.names}
+        return [job for job in taken if job.task in names]
+
+    def _guarded(
+        self, jobs: Sequence[Job], function: Callable[[], None], mixed: MixedModel | None
+    ) -> None:
+        """Whatever the model raises fails the jobs of this pass, and no others.
+
+        Raises:
+            NotMixableError: it got rows that can't be mixed.
+        """
+        if not jobs:
+            return
+        tasks = [job.task for job in jobs]
+        self._metrics.batch_rows.observe(len(jobs))
+        self._metrics.batch_tasks.observe(len(set(tasks)))
         try:
-            function()
+            with mixed.rows(tasks) if mixed else contextlib.nullcontext():
+                function()
+        except NotMixableError:
+            raise
         except Exception as error:  # out of memory, and whatever else a model may raise
             log.exception("a pass of task %r failed", jobs[0].task)
             self._fail(jobs, RequestError(500, f"the model failed ({type(error).__name__})"))
@@ -257,7 +331,6 @@ class Engine:
     def _begin(self, model: Any, groups: list[_Group], jobs: Sequence[Generation]) -> None:
         """Read prompts and write their first tokens."""
         sequences, logits = Sequences.start(model, [job.prompt for job in jobs])
-        self._metrics.batch_rows.observe(len(jobs))
         new = _Group(sequences, [_row(job) for job in jobs])
         self._write(new, logits)
         if not new.rows:
@@ -265,16 +338,15 @@ class Engine:
         for group in groups:
             if group.sequences.join(sequences):
                 group.rows += new.rows
+                self._keep(
+                    group, sorted(range(len(group.rows)), key=lambda i: _place(group.rows[i].job))
+                )
                 return
         groups.append(new)
 
     def _advance(self, model: Any, group: _Group) -> None:
         """Write one more token of each row."""
-        self._drop(group, [row for row in group.rows if row.job.cancelled])
-        if group.rows:
-            self._metrics.batch_rows.observe(len(group.rows))
-            logits = group.sequences.advance(model, [row.last for row in group.rows])
-            self._write(group, logits)
+        self._write(group, group.sequences.advance(model, [row.last for row in group.rows]))
 
     def _write(self, group: _Group, logits: torch.Tensor) -> None:
         """Choose a token for each row, tell its text, and drop the rows that are finished."""
@@ -318,17 +390,19 @@ class Engine:
     def _drop(self, group: _Group, rows: Sequence[_Row]) -> None:
         """Go on without some rows."""
         if rows:
-            left = [i for i, row in enumerate(group.rows) if row not in rows]
-            group.sequences.keep(left)
-            group.rows = [group.rows[i] for i in left]
+            self._keep(group, [i for i, row in enumerate(group.rows) if row not in rows])
             self._finish([row.job for row in rows])
 
-    def _read(self, model: Any, jobs: Sequence[Reading]) -> None:
+    def _keep(self, group: _Group, rows: Sequence[int]) -> None:
+        """Go on with these rows, in this order."""
+        group.sequences.keep(rows)
+        group.rows = [group.rows[i] for i in rows]
+
+    def _read(self, jobs: Sequence[Reading]) -> None:
         """Embed or classify rows."""
         processor, use = jobs[0].processor, jobs[0].use
         reader = processor.readers[use]
         batch = reader.collate([Encoded((job.row,)) for job in jobs])
-        self._metrics.batch_rows.observe(len(jobs))
         with torch.inference_mode():
             found = reader.embeddings(batch) if use == "embed" else reader.logits(batch)
             if use == "classify" and processor.activation == "softmax":
@@ -358,13 +432,29 @@ class Engine:
 
     def _fail_all(self, task: str | None, error: RequestError) -> None:
         """Everything that a task has to do."""
-        self._groups.pop(task, None)
-        self._fail([job for job in self._begun if job.task == task], error)
+        self._end([job for job in self._begun if job.task == task], error)
+        self._put_off.pop(task, None)
         with self._changed:
             waiting = self._scheduler.clear(task)
             self._count()
         for job in waiting:
             job.emit(error)
+
+    def _fail_turn(self, turn: Turn, error: RequestError) -> None:
+        """Everything that the tasks of a turn have to do."""
+        self._groups.pop(turn, None)
+        waiting, running = self.work()
+        for task in {*waiting, *running} if turn == MIXED else {turn[0]}:
+            if turn != MIXED or self._is_mixed(task):
+                self._fail_all(task, error)
+
+    def _end(self, jobs: Sequence[Job], error: RequestError) -> None:
+        """Fail jobs that have begun, and take their rows out of what runs."""
+        self._fail(jobs, error)
+        for groups in self._groups.values():
+            groups[:] = [group for group in groups if any(r.job not in jobs for r in group.rows)]
+            for group in groups:
+                self._drop(group, [row for row in group.rows if row.job in jobs])
 
     def _count(self) -> None:
         """With the lock held."""
@@ -384,6 +474,21 @@ def _unusable(error: NpsError) -> RequestError:
 def _row(job: Generation) -> _Row:
     stream = TextStream(job.processor.decode, job.sampling.stop)
     return _Row(job, stream, generator_of(job.sampling))
+
+
+def _place(job: Job) -> tuple[bool, str]:
+    """Where a job's row is in a batch: the base's first, a task's together."""
+    return job.task is not None, job.task or ""
+
+
+def _alike(jobs: Iterable[Reading]) -> list[list[Reading]]:
+    """Rows that one pass can read."""
+    found: dict[object, list[Reading]] = {}
+    for job in jobs:
+        processor = job.processor
+        key = (job.use, processor.activation, processor.tokenizer.pad_token_id, frozenset(job.row))
+        found.setdefault(key, []).append(job)
+    return list(found.values())
 
 
 def _passes(items: Iterable[T], length: Callable[[T], int], most: int) -> list[list[T]]:

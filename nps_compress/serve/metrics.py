@@ -48,6 +48,12 @@ class Metrics:
             registry=registry,
             buckets=(1, 2, 4, 8, 16, 32, 64, 128),
         )
+        self.batch_tasks = Histogram(
+            "nps_batch_tasks",
+            "Tasks of a pass through the model, the base being one.",
+            registry=registry,
+            buckets=(1, 2, 4, 8, 16, 32, 64),
+        )
         self.waiting = Gauge("nps_waiting", "Items that wait.", registry=registry)
         self.running = Gauge("nps_running", "Items that run.", registry=registry)
 

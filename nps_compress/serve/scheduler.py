@@ -1,14 +1,16 @@
-"""Whose turn it is: requests in batches of one task, and no task waits for ever."""
+"""Whose turn it is: requests in batches of one task, or mixed, and no task waits for ever."""
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Final, Generic, Literal, TypeVar
 
 Item = TypeVar("Item")
+MIXED: Final = "mixed"
+Turn = tuple[str | None] | Literal["mixed"]  # of a task, or of all those that share one
 
 
 class QueueFullError(Exception):
@@ -39,7 +41,11 @@ class CycleScheduler(Generic[Item]):
     At most ``max_batch`` items of a task run, and ``max_running`` of all. A task none of whose
     items run has the next free place before any that has some.
 
+    Tasks that are mixed share one turn, in which a free place goes to the one that has fewest items
+    running, and of several such to the one that got none for longest.
+
     Not thread-safe. clock: seconds, never going back. ``None`` is a task like others: the base.
+    is_mixed: whether a task shares the turn, as of now.
     """
 
     def __init__(
@@ -50,12 +56,14 @@ class CycleScheduler(Generic[Item]):
         max_waiting: int,
         max_batch: int,
         max_running: int,
+        is_mixed: Callable[[str | None], bool] = lambda task: False,
     ) -> None:
-        self._clock, self._cycle_s = clock, cycle_s
+        self._clock, self._cycle_s, self._is_mixed = clock, cycle_s, is_mixed
         self._max_waiting, self._max_batch, self._max_running = max_waiting, max_batch, max_running
         self._lines: dict[str | None, _Line[Item]] = {}  # of the tasks with work
-        self._left: dict[str | None, float] = {}  # when a task's last turn ended
-        self._current: str | None = None
+        self._numbers = itertools.count(1)
+        self._left: dict[Turn, int] = {}  # the number of the last turn that ended, or of a place
+        self._current: Turn = MIXED
         self._since: float | None = None  # when the current turn began; None: nobody has it
         self._running = 0
 
@@ -68,44 +76,54 @@ class CycleScheduler(Generic[Item]):
             line = self._lines[task] = _Line()
         line.waiting.extend(items)
 
-    def turn(self) -> tuple[str | None] | None:
-        """-> the task to work for now, in a tuple as it may be None; None: nothing to do."""
-        ready = [task for task, line in self._lines.items() if self._is_ready(line)]
+    def turn(self) -> Turn | None:
+        """-> the task to work for now, in a tuple as it may be None, or ``MIXED``; None: nothing
+        to do."""
+        ready = self._ready()
         now = self._clock()
         if self._since is not None:
             mine = self._current in ready
             if mine and (len(ready) == 1 or now - self._since < self._cycle_s):
-                return (self._current,)
-            self._left[self._current] = now
+                return self._current
+            self._left[self._current] = next(self._numbers)
             self._since = None
             if mine:
                 ready.remove(self._current)
         if not ready:
             return None
         self._current, self._since = self._longest_without(ready), now
-        return (self._current,)
+        return self._current
 
-    def upcoming(self) -> tuple[str | None] | None:
-        """Whose turn is next, as far as is known now."""
-        ready = [
-            task
-            for task, line in self._lines.items()
-            if self._is_ready(line) and (self._since is None or task != self._current)
-        ]
-        return (self._longest_without(ready),) if ready else None
-
-    def take(self, task: str | None) -> list[Item]:
-        """Items of a task that begin to run now, those that waited longest first."""
-        line = self._lines.get(task)
-        if line is None:
+    def upcoming(self) -> list[str | None]:
+        """The tasks whose turn is next, as far as is known now."""
+        ready = [turn for turn in self._ready() if self._since is None or turn != self._current]
+        if not ready:
             return []
+        turn = self._longest_without(ready)
+        return [task for task in self._lines if self._turn_of(task) == turn]
+
+    def take(self, turn: Turn) -> list[Item]:
+        """Items that begin to run now, those of a task that waited longest first."""
+        lines = {task: line for task, line in self._lines.items() if self._turn_of(task) == turn}
+        others = [line for task, line in self._lines.items() if task not in lines]
         room = self._max_running - self._running
-        if line.running:
-            room -= sum(1 for other in self._lines.values() if other.waiting and not other.running)
-        room = min(room, self._max_batch - line.running, len(line.waiting))
-        taken = [line.waiting.popleft() for _ in range(room)]
-        line.running += len(taken)
-        self._running += len(taken)
+        if any(line.running for line in lines.values()):
+            room -= sum(1 for line in others if line.waiting and not line.running)
+        taken: list[Item] = []
+        for _ in range(room):
+            ready = [
+                task
+                for task, line in lines.items()
+                if line.waiting and line.running < self._max_batch
+            ]
+            if not ready:
+                break
+            task = min(ready, key=lambda each: (lines[each].running, self._left.get((each,), 0)))
+            taken.append(lines[task].waiting.popleft())
+            lines[task].running += 1
+            self._running += 1
+            if turn == MIXED:
+                self._left[(task,)] = next(self._numbers)
         return taken
 
     def finish(self, task: str | None, count: int = 1) -> None:
@@ -143,13 +161,21 @@ class CycleScheduler(Generic[Item]):
 
     def forget(self, task: str | None) -> None:
         """A task that has no work will have none any more."""
-        self._left.pop(task, None)
+        self._left.pop((task,), None)
+
+    def _turn_of(self, task: str | None) -> Turn:
+        return MIXED if self._is_mixed(task) else (task,)
+
+    def _ready(self) -> list[Turn]:
+        """Whose turn it could be."""
+        found = (self._turn_of(task) for task, line in self._lines.items() if self._is_ready(line))
+        return list(dict.fromkeys(found))
 
     def _is_ready(self, line: _Line[Item]) -> bool:
         return line.running > 0 or (bool(line.waiting) and self._running < self._max_running)
 
-    def _longest_without(self, ready: Sequence[str | None]) -> str | None:
-        return min(ready, key=lambda task: self._left.get(task, -math.inf))  # ties: who came first
+    def _longest_without(self, ready: Sequence[Turn]) -> Turn:
+        return min(ready, key=lambda turn: self._left.get(turn, 0))  # ties: who came first
 
     def _forget_if_idle(self, task: str | None) -> None:
         line = self._lines.get(task)

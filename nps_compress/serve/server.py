@@ -48,6 +48,7 @@ class Settings:
     host_memory: float | None = None
     rebuilt_memory: float = 0.0
     cycle_time: float = 0.5
+    mixed: bool = False
     max_batch: int = 16
     max_running: int = 64
     max_waiting: int = 256
@@ -104,6 +105,7 @@ def build(settings: Settings) -> FastAPI:
         max_waiting=settings.max_waiting,
         max_batch=settings.max_batch,
         max_running=settings.max_running,
+        mixed=settings.mixed,
     )
     return create_app(
         Engine(bank, metrics, limits),
