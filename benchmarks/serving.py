@@ -20,8 +20,8 @@ Clients are on loopback; each asks for a task drawn at random, waits for the ans
 They take turns, and figures are medians over the turns. ``memory_mib`` is the proportional set
 size of all processes of a system after the load. Every answer is compared with that of the
 unpacked model offline, tokens or probabilities; a system one of whose answers is wrong has no row.
-Prompts for which a second token comes close to the likeliest are left out: sums of another order
-may then decide otherwise.
+Prompts for which a second token comes close to the likeliest are left out, as sums of another order
+may then decide otherwise, and those that make the model say a token that has no text.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ def _questions(world: World, folder: Path, seed: int) -> list[Question]:
                 )
                 answer = out.sequences[0, length:].tolist()
                 leads = [logits[0].topk(2).values.diff().abs() for logits in out.logits]
-                if min(leads) < CLEAR_LEAD:
+                if min(leads) < CLEAR_LEAD or min(answer) < 2:
                     continue
             else:
                 answer = model(input_ids=tokens, attention_mask=mask).logits[0].softmax(-1).tolist()

@@ -364,9 +364,10 @@ class TaskBank:
         """The model for batches with rows of several of these tasks and of the base.
 
         The base is active for the length of the block, then what was before; keep: the base still.
-        Answers agree with the task's own up to rounding. More tasks may join in the block; all of
-        them stay in memory, and beside what the tiers count, what they change in embeddings does.
-        A task is compared with itself, active, when it joins for the first time.
+        Answers agree with the task's own up to rounding. More tasks may join in the block. All of
+        them stay in memory, with a copy, which the tiers don't count, of the words that they change
+        in embeddings. When a task joins for the first time, a few tokens' answers are compared with
+        those of the task itself, which is switched to and back.
 
         Raises:
             NotMixableError: a task can't be, for good: :meth:`use` it. As :meth:`activate`.

@@ -322,3 +322,20 @@ def test_an_architecture_that_mixes_up_rows_is_found_out(tmp_path, kind, why):
             with pytest.raises(NotMixableError, match=match), bank.mix(["t"]):
                 pass
     assert (bank.active, state(bank.model), hooks(bank.model)) == (None, before, 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MODELS)
+def test_rows_on_a_card(worlds, name):
+    world = worlds[name]
+    bank = world.bank(device="cuda")
+    before = {key: bits(tensor.cpu()) for key, tensor in bank.model.state_dict().items()}
+    rows = [None, "signs", "signs", "magnitude", "whole"]
+    ids, mask = inputs(len(rows), 7)
+    with bank.mix(list(RECIPES)) as mixed, mixed.rows(rows) as model:
+        found = model(input_ids=ids.cuda(), attention_mask=mask.cuda()).logits.float().cpu()
+    for i, task in enumerate(rows):
+        wanted = world.answer(task, ids[i : i + 1], mask[i : i + 1])[0]
+        last = -1 if wanted.ndim == 2 else slice(None)
+        assert off(found[i][last], wanted[last]) < 10 * BOUND[model.dtype]
+    assert {key: bits(t.cpu()) for key, t in bank.model.state_dict().items()} == before

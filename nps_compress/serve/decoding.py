@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -60,6 +61,12 @@ class Sequences:
             for layer in self._cache.layers:
                 layer.keys = layer.keys[:, :, unused:].contiguous()
                 layer.values = layer.values[:, :, unused:].contiguous()
+
+    def part(self, rows: Sequence[int]) -> Sequences:
+        """A copy of these rows, that goes on by itself."""
+        found = copy.deepcopy(self)
+        found.keep(rows)
+        return found
 
     def join(self, other: Sequences) -> bool:
         """Take another's rows in, after the own; it is of no use then.

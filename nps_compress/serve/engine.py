@@ -299,12 +299,22 @@ class Engine:
                 is_for_good = isinstance(error, NotMixableError)
                 (self._unmixable if is_for_good else self._without_room).add(task)
                 self._put_off[task] = [job for job in taken if job.task == task]
-                self._end([job for job in running if job.task == task], _unusable(error))
+                self._move_out(task)
             except NpsError as error:
                 log.error("task %r can't be used: %s", task, error)
                 self._fail_all(task, _unusable(error))
         names = {None, *mixed.names}
         return [job for job in taken if job.task in names]
+
+    def _move_out(self, task: str | None) -> None:
+        """Let the rows of a task that run mixed go on at its own turns."""
+        for group in self._groups[MIXED]:
+            mine = [i for i, row in enumerate(group.rows) if row.job.task == task]
+            if mine:
+                rows = [group.rows[i] for i in mine]
+                own = _Group(group.sequences.part(mine), rows)
+                self._groups.setdefault((task,), []).append(own)
+                self._keep(group, [i for i in range(len(group.rows)) if i not in mine])
 
     def _guarded(
         self, jobs: Sequence[Job], function: Callable[[], None], mixed: MixedModel | None
