@@ -58,7 +58,7 @@ VOCABULARY = 4096
 PROMPT_TOKENS, NEW_TOKENS = 64, 16
 PROMPTS = 12  # of each task, all of whose answers are known
 START_SECONDS = 300.0
-TOLERANCE = 1e-4  # of probabilities, in float32
+TOLERANCE = 3e-3  # of probabilities: float32 alone moves these by up to 1e-3 from float64's
 CLEAR_LEAD = 1e-3  # of the likeliest token's logit
 
 
@@ -430,11 +430,11 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
             panel = panels[line][column]
             bars = panel.barh([row["system"] for row in shown], [row[key] for row in shown])
             panel.bar_label(bars, padding=3)
-            panel.margins(x=0.18)
+            panel.margins(x=0.25)
             panel.invert_yaxis()
             panel.set_xlabel(label)
         panels[0][column].set_title(
-            f"{workload}, density {density}: {most[0]} tasks, {most[1]} clients"
+            f"{workload}, density {density}\n{most[0]} tasks, {most[1]} clients"
         )
     figure.savefig(path, dpi=120)
 
@@ -449,10 +449,10 @@ def main() -> None:
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--density", nargs="+", type=float, default=[0.01, 0.2], help="of tasks")
-    parser.add_argument("--tasks", nargs="+", type=int, default=[8])
-    parser.add_argument("--clients", nargs="+", type=int, default=[1, 4, 16])
-    parser.add_argument("--requests", type=int, default=192, help="answers a turn")
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--tasks", nargs="+", type=int, default=[2, 8])
+    parser.add_argument("--clients", nargs="+", type=int, default=[4, 16])
+    parser.add_argument("--requests", type=int, default=96, help="answers a turn")
+    parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--no-save", action="store_true")
     options = parser.parse_args()
     if not {"ours", "base alone"} <= set(options.systems):
@@ -468,9 +468,8 @@ def main() -> None:
                 new = measure(world, options.systems, tasks, *asked)
                 print(rows.table(new), flush=True)
                 found += new
-    if not options.no_save:
-        path = rows.save("serving", found)
-        plot(found, path.with_suffix(".png"))
+                if not options.no_save:  # at once: the whole takes an hour
+                    plot(found, rows.save("serving", found).with_suffix(".png"))
 
 
 if __name__ == "__main__":
