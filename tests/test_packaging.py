@@ -232,6 +232,7 @@ def test_public_names_are_locked():
         "MergeReport",
         "MergeSettings",
         "NPSConfig",
+        "NotMixableError",
         "NpsError",
         "OutOfMemoryError",
         "OutputExistsError",
