@@ -377,7 +377,8 @@ class TaskBank:
             before = self.active
             self._activate(None)
             try:
-                with MixedModel(self._resident, self._joining) as self._mixed:
+                mixed = MixedModel(self._resident, self._joining)
+                with contextlib.closing(mixed) as self._mixed:
                     for name in names:
                         self._mixed.join(name)
                     yield self._mixed

@@ -15,7 +15,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -175,17 +174,6 @@ class MixedModel:
     def names(self) -> list[str]:
         """The tasks that are in."""
         return list(self._tasks)
-
-    def __enter__(self) -> MixedModel:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Take the hooks off the model."""
