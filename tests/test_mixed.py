@@ -205,6 +205,23 @@ def test_a_mix_refuses_what_would_change_its_weights(world):
     assert bank.active == "signs"
 
 
+def test_tasks_that_are_kept_rebuilt_are_mixed_by_their_changes(world):
+    bank = world.bank(rebuilt_bytes=None)
+    for name in ("magnitude", "signs"):
+        bank.activate(name)
+        assert bank.tasks()[name].tier == "rebuilt"
+    ids, mask = inputs(3, 5)
+    with bank.mix(["magnitude", "signs"]) as mixed, mixed.rows([None, "magnitude", "signs"]):
+        found = bank.model(input_ids=ids, attention_mask=mask).logits
+    for row, name in enumerate((None, "magnitude", "signs")):
+        assert off(found[row], world.answer(name, ids, mask)[row]) < BOUND[torch.float32]
+    assert bank.active == "signs"
+    assert state(bank.model) == state(world.models["signs"])
+    with bank.mix(["whole"]):
+        pass
+    assert bank.tasks()["whole"].tier == "host"  # it was tried, and no more
+
+
 def test_tasks_of_a_mix_stay_in_memory(world):
     sizes = {name: info.nbytes for name, info in world.bank().tasks().items()}
     small = sizes["signs"] + sizes["magnitude"]
