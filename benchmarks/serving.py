@@ -58,7 +58,7 @@ VOCABULARY = 4096
 PROMPT_TOKENS, NEW_TOKENS = 64, 16
 PROMPTS = 12  # of each task, all of whose answers are known
 START_SECONDS = 300.0
-TOLERANCE = 3e-3  # of probabilities: float32 alone moves these by up to 1e-3 from float64's
+TOLERANCE = 3e-3  # of probabilities: weights as large as these amplify float32's rounding
 CLEAR_LEAD = 1e-3  # of the likeliest token's logit
 
 

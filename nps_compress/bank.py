@@ -149,8 +149,7 @@ class TaskBank:
     ``disk``; with a GPU, ``device`` before them. Before all of these, ``rebuilt_bytes`` are for
     tasks whose whole weights are kept, beside the base's, as they were when first active: a switch
     to one of them exchanges tensors of the model, not words in them. Those that come first stay. A
-    task that is loaded again is refused unless its
-    file is byte for byte what was added.
+    task that is loaded again is refused unless its file is byte for byte what was added.
 
     Thread-safe. :meth:`use` keeps the weights as they are for as long as it lasts: other threads
     that want to switch wait, those that load, add or look do not. Whoever runs the model without

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Mapping
 from pathlib import Path
 
 from nps_compress.errors import InvalidArgumentError
 
 API_KEY_VARIABLE = "NPS_COMPRESS_API_KEY"
+OPEN = "whoever reaches this address can use it: there is no API key"
 _LONGEST = 4096
 
 
@@ -35,3 +37,11 @@ def read_api_key(path: Path | None, environment: Mapping[str, str]) -> str | Non
             "the API key", where, "a line of printable ASCII characters, not empty"
         )
     return found
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a host, a name or an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

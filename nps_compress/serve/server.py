@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import os
 import signal
 import socket
@@ -20,7 +19,7 @@ from nps_compress.bank import TaskBank
 from nps_compress.checkpoint import open_checkpoint
 from nps_compress.errors import InvalidArgumentError
 from nps_compress.serve.access import AccessLimits
-from nps_compress.serve.api_key import read_api_key
+from nps_compress.serve.api_key import OPEN, is_loopback, read_api_key
 from nps_compress.serve.app import RequestLimits, create_app
 from nps_compress.serve.catalogue import Catalogue
 from nps_compress.serve.engine import Engine, EngineLimits
@@ -132,10 +131,8 @@ def run(settings: Settings, tell: Callable[[str], Any]) -> None:
         app = build(settings)
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
-        if not ipaddress.ip_address(host).is_loopback and not read_api_key(
-            settings.api_key_file, os.environ
-        ):
-            tell("warning: whoever reaches this address can use it: there is no API key")
+        if not is_loopback(host) and not read_api_key(settings.api_key_file, os.environ):
+            tell(f"warning: {OPEN}")
         config = uvicorn.Config(
             app,
             log_level="warning",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import ipaddress
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +17,7 @@ from nps_compress.atomic import atomic_directory, os_errors_as_write_errors
 from nps_compress.checkpoint import SIDE_FILES, open_checkpoint
 from nps_compress.errors import InvalidArgumentError
 from nps_compress.lazy import LazyTensors
+from nps_compress.serve.api_key import OPEN, is_loopback
 from nps_compress.vllm import arguments
 from nps_compress.vllm.stream import refuse_other_shape
 
@@ -69,8 +69,8 @@ def prepare(
     checkpoint = open_checkpoint(base)
     environment = {_KEY_VARIABLE: api_key} if api_key else {}
     warnings = []
-    if not api_key and not _is_loopback(host):
-        warnings.append("whoever reaches this address can use it: there is no API key")
+    if not api_key and not is_loopback(host):
+        warnings.append(OPEN)
     with ExitStack() as stack:
         opened = {
             task: stack.enter_context(LazyTensors(checkpoint, path)) for task, path in tasks.items()
@@ -97,7 +97,7 @@ def prepare(
                 f"{these}: tokenizer and configuration are the base's here, and the task's differ"
             )
     else:
-        if not _is_loopback(host):
+        if not is_loopback(host):
             expected = "a loopback address: the routes that switch weights are open to whoever asks"
             raise InvalidArgumentError("--host", host, expected)
         found = arguments.switched(model, name=called, host=host, port=port)
@@ -107,13 +107,6 @@ def prepare(
         found.append("--enforce-eager")  # compiled for a CPU, a model keeps copies of its weights
     command = arguments.command([*found, *options])
     return Launch(command, environment, f"starting vLLM: {what}, on port {port}", warnings)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _files(task: LazyTensors, base: Mapping[str, bytes]) -> dict[str, bytes]:
