@@ -8,7 +8,8 @@ Two families: six text tasks on all-MiniLM-L6-v2, four questions about images of
 ``normalised`` is the mean over tasks of the merged model's test accuracy over that of the task's
 own fine-tune (the paper's normalised accuracy), ``each`` has it by task. ``tuned`` says by which
 score on development data the setting was found (data-free: none); test data are seen by nothing but
-the row's last measurement. Rows that are there are not measured again.
+the row's last measurement. ``finetuned`` is the fine-tunes' own mean accuracy: other machines train
+others. Rows that are there are not measured again, but for other fine-tunes.
 
 Matrix products round their factors to bfloat16 where the processor is faster so, as in training,
 for the merged models and for the fine-tunes that they are compared with.
@@ -19,7 +20,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,17 @@ FAMILIES = {
 }
 EXAMPLES = {"text": 128, "digits": 256}  # development examples a task
 FIELDS = (
-    *("family", "method", "setting", "tuned", "seed", "density", "subspaces", "calibration"),
+    *(
+        "family",
+        "finetuned",
+        "method",
+        "setting",
+        "tuned",
+        "seed",
+        "density",
+        "subspaces",
+        "calibration",
+    ),
     *("normalised", "spread", "accuracy", "each", "development", "scale", "evaluations"),
     *("seconds", "machine", "versions", "commit"),
 )
@@ -82,7 +93,7 @@ class Run:
 
     @property
     def key(self) -> dict[str, str]:
-        """What no two rows of a family share."""
+        """What no two rows of the same fine-tunes share."""
         return {
             "method": self.method,
             "setting": self.setting,
@@ -177,9 +188,10 @@ def _ablations(seeds: range) -> Iterator[Run]:
 class Bench:
     """A family: its weights in memory, models to test, and examples to tune on."""
 
-    def __init__(self, family: str) -> None:
+    def __init__(self, family: str, training: int) -> None:
         self.family = family
-        self._tasks = [tasks.build(name) for name in FAMILIES[family]]
+        cache = tasks.CACHE / f"training-{training}" if training else tasks.CACHE
+        self._tasks = [tasks.build(name, cache, training=training) for name in FAMILIES[family]]
         bases = {task.base for task in self._tasks}
         assert len(bases) == 1, bases
         finetuned = [open_checkpoint(task.finetuned) for task in self._tasks]
@@ -264,21 +276,22 @@ def _part(examples: Sequence[Example], share: float, seed: int) -> Sequence[Exam
     return [examples[i] for i in sorted(order.tolist())]
 
 
-def measure(family: str, chosen: Sequence[Run]) -> None:
+def measure(family: str, chosen: Sequence[Run], training: int) -> None:
     def key(row: Mapping[str, str]) -> tuple[str, ...]:
-        return tuple(row[name] for name in ("family", *chosen[0].key))
+        return tuple(row[name] for name in ("family", "finetuned", *chosen[0].key))
 
     done = {key(row) for row in rows.read(RESULT)}
-    environment, bench = rows.environment(), Bench(family)
-    reference = {"family": family, "method": "base", "tuned": "data-free", "seed": "0"}
-    known = dict.fromkeys(chosen[0].key, "") | reference
+    environment, bench = rows.environment(), Bench(family, training)
+    of = {"family": family, "finetuned": f"{statistics.fmean(bench.finetuned):.4f}"}
+    reference = {"method": "base", "tuned": "data-free", "seed": "0"}
+    known = dict.fromkeys(chosen[0].key, "") | of | reference
     if key(known) not in done:
         shares = [b / f for b, f in zip(bench.base(), bench.finetuned, strict=True)]
         each = " ".join(f"{n}={s:.4f}" for n, s in zip(bench.names(), shares, strict=True))
         figures = {"normalised": f"{statistics.fmean(shares):.4f}", "each": each}
         rows.append(RESULT, FIELDS, {**known, **figures, **environment})
     for run in chosen:
-        row = {"family": family, **run.key}
+        row = {**of, **run.key}
         if key(row) in done:
             continue
         done.add(key(row))
@@ -292,26 +305,84 @@ def measure(family: str, chosen: Sequence[Run]) -> None:
 
 
 def table(family: str) -> str:
-    """A line a method and setting: the mean over seeds and their range, beside the paper's."""
-    groups: dict[tuple[str, ...], list[float]] = {}
+    """A line a method and setting: a column for each set of fine-tunes, by their own accuracy.
+
+    The mean over seeds, in brackets how many where there are more than one.
+    """
+    names = ("method", "setting", "tuned", "density", "subspaces", "calibration")
+    found: dict[tuple[str, ...], dict[str, list[float]]] = {}
     for row in rows.read(RESULT):
         if row["family"] == family:
-            names = ("method", "setting", "tuned", "density", "subspaces", "calibration")
-            key = tuple(row[name] for name in names)
-            groups.setdefault(key, []).append(100 * float(row["normalised"]))
+            group = found.setdefault(tuple(row[name] for name in names), {})
+            group.setdefault(row["finetuned"], []).append(100 * float(row["normalised"]))
+    trainings = sorted({finetuned for group in found.values() for finetuned in group})
     lines: list[dict[str, object]] = []
-    heads = ("method", "setting", "tuned", "density", "subspaces", "data")
-    for key, found in sorted(groups.items(), key=lambda item: statistics.fmean(item[1])):
-        paper = PAPER.get(key[0])
+    for key, group in sorted(found.items(), key=lambda item: _mean(item[1].values())):
+        line: dict[str, object] = dict(zip(names, key, strict=True))
+        for finetuned in trainings:
+            scores = group.get(finetuned, [])
+            seeds = f" ({len(scores)})" if len(scores) > 1 else ""
+            line[finetuned] = f"{statistics.fmean(scores):.1f}{seeds}" if scores else ""
+        lines.append(line)
+    return rows.table(lines) if lines else "no rows"
+
+
+def _mean(groups: Iterable[Sequence[float]]) -> float:
+    return statistics.fmean(map(statistics.fmean, groups))
+
+
+def as_chosen(family: str) -> dict[tuple[str, str], list[float]]:
+    """Normalised accuracies (%) of a method and what it is tuned by, ascending by their mean.
+
+    One for each set of fine-tunes and seed, of the setting that the development data choose there;
+    data-free of the method's defaults. What draws nothing has a row at seed 0 only, and is a
+    choice at every seed.
+    """
+    groups: dict[tuple[str, str, str], dict[int, dict[tuple[str, str], Mapping[str, str]]]] = {}
+    defaults: dict[str, str] = {}
+    for row in rows.read(RESULT):
+        if row["family"] != family or not _is_main(row):
+            continue
+        free = row["tuned"] == "data-free"
+        if not free or defaults.setdefault(row["method"], row["setting"]) == row["setting"]:
+            group = groups.setdefault((row["method"], row["tuned"], row["finetuned"]), {})
+            group.setdefault(int(row["seed"]), {})[row["setting"], row["density"]] = row
+    found: dict[tuple[str, str], list[float]] = {}
+    for (method, tuned, _), seeds in groups.items():
+        for settings in seeds.values():
+            choices = (seeds.get(0, {}) | settings).values()
+            best = max(choices, key=lambda row: float(row["development"] or 0))
+            found.setdefault((method, tuned), []).append(100 * float(best["normalised"]))
+    return dict(sorted(found.items(), key=lambda item: statistics.fmean(item[1])))
+
+
+def _is_main(row: Mapping[str, str]) -> bool:
+    """No ablation: those are one method's, and would be more to choose from."""
+    if row["method"] != "nps" or row["tuned"] == "data-free":
+        return True
+    return (
+        row["calibration"] == "1"
+        and row["subspaces"] == "8"
+        and float(row["density"]) in _DENSITIES
+    )
+
+
+def summary(family: str) -> str:
+    """A line a method, beside the paper's."""
+    lines: list[dict[str, object]] = []
+    for (method, tuned), values in as_chosen(family).items():
+        paper = PAPER.get(method)
         lines.append(
             {
-                **dict(zip(heads, key, strict=True)),
-                "normalised": f"{statistics.fmean(found):.1f}",
-                "range": f"{min(found):.1f} to {max(found):.1f}" if len(found) > 1 else "",
+                "method": method,
+                "tuned": tuned,
+                "normalised": f"{statistics.fmean(values):.1f}",
+                "range": f"{min(values):.1f} to {max(values):.1f}" if len(values) > 1 else "",
+                "runs": len(values),
                 "paper (ViT-B/32)": f"{100 * paper:.1f}" if paper else "",
             }
         )
-    return rows.table(lines) if lines else f"{family}: no rows"
+    return rows.table(lines) if lines else "no rows"
 
 
 def plot(path: Path) -> None:
@@ -324,18 +395,14 @@ def plot(path: Path) -> None:
     found = rows.read(RESULT)
     figure, panels = pyplot.subplots(1, 5, figsize=(24, 6), layout="constrained")
     for axes, family in zip(panels, FAMILIES, strict=False):
-        best: dict[str, tuple[float, float]] = {}  # by development score, else the first
-        for row in found:
-            if row["family"] == family and row["seed"] == "0":
-                name = f"{row['method']} ({row['tuned']})"
-                score = float(row["development"] or 0)
-                if name not in best or score > best[name][0]:
-                    best[name] = score, 100 * float(row["normalised"])
-        ordered = sorted(((name, y) for name, (_, y) in best.items()), key=lambda item: item[1])
-        axes.barh([name for name, _ in ordered], [value for _, value in ordered])
+        chosen = as_chosen(family)
+        names = [f"{method} ({tuned})" for method, tuned in chosen]
+        axes.barh(names, [statistics.fmean(values) for values in chosen.values()], alpha=0.5)
+        for name, values in zip(names, chosen.values(), strict=True):
+            axes.plot(values, [name] * len(values), "k.", markersize=4)
         axes.set(
             title=f"{family}: by development score, or the defaults",
-            xlabel="normalised accuracy (%)",
+            xlabel="normalised accuracy (%); dots: fine-tunes and seeds",
         )
     for axes, (name, paper) in zip(panels[2:], PAPER_ABLATIONS.items(), strict=True):
         ours: dict[float, list[float]] = {}
@@ -363,6 +430,7 @@ def main() -> None:
     size.add_argument("--quick", action="store_true", help="one seed, main rows (the default)")
     size.add_argument("--full", action="store_true", help="three seeds, ablations")
     parser.add_argument("--seeds", type=int, help="how many (1, with --full 3)")
+    parser.add_argument("--training", type=int, default=0, help="fine-tunes of other seeds (0)")
     parser.add_argument("--family", action="append", choices=FAMILIES, help="only this one")
     parser.add_argument("--no-search", action="store_true", help="data-free settings only")
     parser.add_argument("--method", action="append", choices=METHODS, help="only this one")
@@ -377,9 +445,9 @@ def main() -> None:
         and (not arguments.method or run.method in arguments.method)
     ]
     for family in () if arguments.plot else arguments.family or FAMILIES:
-        measure(family, chosen)
+        measure(family, chosen, arguments.training)
     for family in FAMILIES:
-        print(f"\n{table(family)}")
+        print(f"\n{family}\n{table(family)}\n\n{family}, by development data\n{summary(family)}")
     if rows.read(RESULT):
         plot(RESULT.with_suffix(".png"))
         print(f"\nrows in {RESULT}, picture beside")

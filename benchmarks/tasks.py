@@ -23,7 +23,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, Protocol, cast
@@ -116,9 +116,12 @@ def names() -> list[str]:
     return list(SPECS)
 
 
-def build(name: str, cache: Path = CACHE, progress: bool = True) -> Task:
-    """Make what the cache lacks of a task: data, base, fine-tune."""
-    spec, folder = (SPECS | MORE_SPECS)[name], cache / name
+def build(name: str, cache: Path = CACHE, progress: bool = True, training: int = 0) -> Task:
+    """Make what the cache lacks of a task: data, base, fine-tune.
+
+    training: the same data learned with other seeds, in a cache of its own.
+    """
+    spec, folder = _reseeded((SPECS | MORE_SPECS)[name], training), cache / name
     folder.mkdir(parents=True, exist_ok=True)
 
     def collect() -> None:
@@ -155,10 +158,10 @@ def build(name: str, cache: Path = CACHE, progress: bool = True) -> Task:
         folder / name for name in ("labels.json", "train.jsonl", "pretraining.jsonl")
     )
     if spec.base_of:
-        base = build(spec.base_of, cache, progress).base
+        base = build(spec.base_of, cache, progress, training).base
         made_from: object = _made_from(base).read_text()
     elif spec.continues:
-        base = build(spec.continues, cache, progress).finetuned
+        base = build(spec.continues, cache, progress, training).finetuned
         made_from = _made_from(base).read_text()
     elif spec.pretraining is None:
         base = cache / "minilm"
@@ -284,6 +287,14 @@ MORE_SPECS = {
     "turned": Spec("image", turned_digits.turned, Settings(4, 5e-4, seed=4), continues="digits"),
     "loops": Spec("image", digit_tasks.loops, Settings(8, 5e-4, seed=3), base_of="digits"),
 }
+
+
+def _reseeded(spec: Spec, training: int) -> Spec:
+    def other(settings: Settings) -> Settings:
+        return replace(settings, seed=settings.seed + 100 * training)
+
+    pretraining = spec.pretraining and other(spec.pretraining)
+    return replace(spec, settings=other(spec.settings), pretraining=pretraining)
 
 
 def _once(made: Path, key: object, make: Callable[[], None], progress: bool) -> None:

@@ -23,6 +23,7 @@ from conftest import WORDS
 import nps_compress
 from nps_compress.recipe import Recipe
 from nps_compress.serve import server
+from nps_compress.serve.api_key import read_api_key
 
 POSITIONS = 160
 TEMPLATE = "{% for m in messages %}{{ m.role }} word {{ m.content }} {% endfor %}the"
@@ -207,9 +208,10 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(settings: server.Settings, key: str | None = None) -> Iterator[Running]:
+def running(settings: server.Settings) -> Iterator[Running]:
     """A real server in a thread."""
-    app = server.build(settings)
+    key = read_api_key(settings.api_key_file, {})
+    app = server.build(settings, key)
     with server.bound("127.0.0.1", 0) as listener:
         config = uvicorn.Config(app, log_level="warning", access_log=False)
         serving = uvicorn.Server(config)

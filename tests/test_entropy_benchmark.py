@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from safetensors.torch import save_file
 
 import nps_compress
@@ -18,11 +15,8 @@ from nps_compress.reconstruct import Task
 
 
 @pytest.fixture(scope="module")
-def entropy():
-    before = list(sys.path)
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    yield importlib.import_module("entropy")
-    sys.path[:] = before
+def entropy(benchmark):
+    return benchmark("entropy")
 
 
 def test_entropies_by_hand(entropy):

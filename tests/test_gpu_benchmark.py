@@ -2,36 +2,23 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 
 from nps_compress import resident
 from nps_compress.bench.shapes import parameters
 from nps_compress.kernels import reference
 
 
-@pytest.fixture(scope="module", autouse=True)
-def benchmarks():
-    """Its folder as a script has it."""
-    before = list(sys.path)
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    yield
-    sys.path[:] = before
+@pytest.fixture(scope="module")
+def gpu(benchmark):
+    return benchmark("gpu")
 
 
 @pytest.fixture(scope="module")
-def gpu(benchmarks):
-    return importlib.import_module("gpu")
-
-
-@pytest.fixture(scope="module")
-def cases(benchmarks):
-    return importlib.import_module("gpu_cases")
+def cases(benchmark):
+    return benchmark("gpu_cases")
 
 
 @pytest.fixture

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 MODULE = "import sys\ndata = bytearray(int(sys.argv[1]) << 20)\ndata[::4096] = data[::4096]\n"
 
 
-@pytest.fixture
-def memory(monkeypatch):
-    """Its folder as a script has it."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("memory")
+@pytest.fixture(scope="module")
+def memory(benchmark):
+    return benchmark("memory")
 
 
 @pytest.fixture

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-
 import pytest
-from conftest import ROOT
 
 
 @pytest.fixture(scope="module")
-def quality():
-    before = list(sys.path)
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    yield importlib.import_module("quality")
-    sys.path[:] = before
+def quality(benchmark):
+    return benchmark("quality")
 
 
 def row(task, method, seed, retained, bits):

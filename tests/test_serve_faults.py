@@ -140,7 +140,7 @@ def test_the_key_is_asked_for(world, tmp_path):
     key = "k3y-of-" + "x" * 30
     path = tmp_path / "key"
     path.write_text(f"{key}\n")
-    with servers.running(world.settings(api_key_file=path), key) as server:
+    with servers.running(world.settings(api_key_file=path)) as server:
         for wrong in (None, "", key[:-1], key + "x", "é"):
             headers = {} if wrong is None else {"authorization": f"Bearer {wrong}".strip().encode()}
             for route in ("/v1/models", "/status", "/metrics", "/openapi.json", "/nothing"):
@@ -356,6 +356,7 @@ for line in sys.stdin:
     print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
+STARTED_KEY = "k3y-of-the-environment"
 
 
 @pytest.fixture
@@ -365,7 +366,12 @@ def starter():
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "NPS_COMPRESS_API_KEY": STARTED_KEY,
+        },
     )
     try:
         yield process
@@ -389,10 +395,16 @@ def start(starter, world, port):
 def test_killed_and_started_again_it_answers_as_before_and_ends_in_good_order(world, starter):
     files = {path: path.read_bytes() for path in world.folder.rglob("*") if path.is_file()}
     body = {"model": "law", "prompt": PROMPT, "max_tokens": 8, "temperature": 0}
+    options = {
+        "trust_env": False,
+        "timeout": 60,
+        "headers": {"authorization": f"Bearer {STARTED_KEY}"},
+    }
     pid, url = start(starter, world, 0)
     try:
         port = url.rsplit(":", 1)[1]
-        answer = httpx.post(f"{url}/v1/completions", json=body, trust_env=False, timeout=60)
+        assert httpx.get(f"{url}/v1/models", trust_env=False).status_code == 401
+        answer = httpx.post(f"{url}/v1/completions", json=body, **options)
         assert answer.json()["choices"][0]["text"] == world.greedy("law", PROMPT, 8)[0]
         taken = CliRunner().invoke(main, ["serve", str(world.base), "--port", port])
         assert taken.exit_code == 1
@@ -404,9 +416,7 @@ def test_killed_and_started_again_it_answers_as_before_and_ends_in_good_order(wo
     pid, url = start(starter, world, port)
     try:
         long = {**body, "max_tokens": 150, "stream": True}
-        with httpx.stream(
-            "POST", f"{url}/v1/completions", json=long, trust_env=False, timeout=60
-        ) as streamed:
+        with httpx.stream("POST", f"{url}/v1/completions", json=long, **options) as streamed:
             lines = streamed.iter_lines()
             text = next(lines) + "\n\n"
             os.kill(pid, signal.SIGTERM)
@@ -466,11 +476,11 @@ def test_models_that_are_not_served(world, tmp_path):
 
     image = tiny_models.build("image", tmp_path / "image")
     with pytest.raises(CheckpointError, match="kind 'image', which is not served"):
-        build(Settings(base=str(image)))
+        build(Settings(base=str(image)), None)
     bare = tmp_path / "bare"
     shutil.copytree(world.base, bare)
     for path in bare.glob("tokenizer*"):
         path.unlink()
     with pytest.raises(CheckpointError, match="holds no tokenizer") as caught:
-        build(Settings(base=str(bare)))
+        build(Settings(base=str(bare)), None)
     assert str(bare) in str(caught.value)

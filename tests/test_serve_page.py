@@ -39,7 +39,7 @@ def keep_screenshot(page, name):
 def test_people_see_the_tasks_and_ask_them(causal_world, page, tmp_path):
     key = "page-key"
     (tmp_path / "key").write_text(key)
-    with servers.running(causal_world.settings(api_key_file=tmp_path / "key"), key) as server:
+    with servers.running(causal_world.settings(api_key_file=tmp_path / "key")) as server:
         page.open(server.url)
         page.wait_for('typeof at === "function" && !at("key-box").hidden')
         assert "key" in page.evaluate('at("summary").textContent')

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -15,28 +13,19 @@ from conftest import ROOT
 SMALL = 8_400_000  # weights: one layer
 
 
-@pytest.fixture(scope="module", autouse=True)
-def benchmarks():
-    """Its folders as a script has them."""
-    before = list(sys.path)
-    sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "peers")]
-    yield
-    sys.path[:] = before
+@pytest.fixture(scope="module")
+def pairs(benchmark):
+    return benchmark("storage_pairs")
 
 
 @pytest.fixture(scope="module")
-def pairs(benchmarks):
-    return importlib.import_module("storage_pairs")
+def storage(benchmark):
+    return benchmark("storage")
 
 
 @pytest.fixture(scope="module")
-def storage(benchmarks):
-    return importlib.import_module("storage")
-
-
-@pytest.fixture(scope="module")
-def recipes(benchmarks):
-    return importlib.import_module("recipes")
+def recipes(benchmark):
+    return benchmark("recipes")
 
 
 @pytest.fixture(scope="module")

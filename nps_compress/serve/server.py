@@ -74,13 +74,12 @@ class Settings:
             raise InvalidArgumentError(f"--{name.replace('_', '-')}", getattr(self, name), expected)
 
 
-def build(settings: Settings) -> FastAPI:
+def build(settings: Settings, api_key: str | None) -> FastAPI:
     """Load the base and all tasks, and the routes over them.
 
     Raises:
-        NpsError: what TaskBank, Catalogue and the file of the API key raise.
+        NpsError: what TaskBank and Catalogue raise.
     """
-    key = read_api_key(settings.api_key_file, os.environ)
     base = open_checkpoint(settings.base)
     name = settings.name or base.path.resolve().name
     if "/" not in settings.base and not Path(settings.base).exists():
@@ -112,7 +111,7 @@ def build(settings: Settings) -> FastAPI:
         metrics,
         limits=RequestLimits(tokens=settings.max_tokens, seconds=settings.timeout),
         access=AccessLimits(
-            body_bytes=int(settings.max_body * _MB), requests=settings.max_requests, api_key=key
+            body_bytes=int(settings.max_body * _MB), requests=settings.max_requests, api_key=api_key
         ),
         may_load=bool(settings.folders),
     )
@@ -125,13 +124,14 @@ def run(settings: Settings, tell: Callable[[str], Any]) -> None:
 
     Raises:
         InvalidArgumentError: there is no listening on this host and port. NpsError: as
-        :func:`build`.
+        :func:`build`, and what the file of the API key raises.
     """
+    key = read_api_key(settings.api_key_file, os.environ)
     with bound(settings.host, settings.port) as listener:
-        app = build(settings)
+        app = build(settings, key)
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
-        if not is_loopback(host) and not read_api_key(settings.api_key_file, os.environ):
+        if not key and not is_loopback(host):
             tell(f"warning: {OPEN}")
         config = uvicorn.Config(
             app,
