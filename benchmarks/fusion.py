@@ -2,6 +2,7 @@
 
     python benchmarks/fusion.py                  # one seed, data-free and tuned settings
     python benchmarks/fusion.py --full           # three seeds, the ablations
+    python benchmarks/fusion.py --training 1     # the same on fine-tunes of other seeds
     python benchmarks/fusion.py --family digits  # four tasks on a small vision transformer
 
 Two families: six text tasks on all-MiniLM-L6-v2, four questions about images of handwritten digits.
@@ -38,7 +39,7 @@ from nps_compress.merging.merger import Merger, Plan
 from nps_compress.merging.methods import METHODS
 from nps_compress.merging.tuning import TuningOptions, tune
 from nps_compress.models import weights_of
-from nps_compress.prune import top_shares
+from nps_compress.prune import Rule, top_shares
 
 RESULT = rows.RESULTS / "fusion.csv"
 FAMILIES = {
@@ -61,6 +62,7 @@ FIELDS = (
     *("normalised", "spread", "accuracy", "each", "development", "scale", "evaluations"),
     *("seconds", "machine", "versions", "commit"),
 )
+UNBIASED: tuple[Rule, ...] = ("sampled", "signs")
 # Of the paper (arXiv 2505.18713), ViT-B/32 on 8 tasks: merged over fine-tuned average accuracy.
 PAPER = {
     "average": 65.8 / 90.5,
@@ -130,7 +132,7 @@ def _data_free(seeds: range) -> Iterator[Run]:
         yield Run("dare", "1.0, elected", replace(dare, elect=True, scale=1.0), seed=seed)
         yield Run("della", "1.0", replace(of["della"], seed=seed), seed=seed)
         # The unbiased rules in the place of each method's own.
-        for rule in ("sampled", "signs"):
+        for rule in UNBIASED:
             for name in ("task-arithmetic", "ties", "nps", "neuromerging"):
                 density = 0.1 if name == "task-arithmetic" else of[name].density
                 by = replace(of[name], prune=rule, density=density, seed=seed)
@@ -327,33 +329,40 @@ def table(family: str) -> str:
     return rows.table(lines) if lines else "no rows"
 
 
+def _flat(groups: Mapping[str, Sequence[float]]) -> list[float]:
+    return [value for group in groups.values() for value in group]
+
+
 def _mean(groups: Iterable[Sequence[float]]) -> float:
     return statistics.fmean(map(statistics.fmean, groups))
 
 
-def as_chosen(family: str) -> dict[tuple[str, str], list[float]]:
+def as_chosen(family: str) -> dict[tuple[str, str], dict[str, list[float]]]:
     """Normalised accuracies (%) of a method and what it is tuned by, ascending by their mean.
 
-    One for each set of fine-tunes and seed, of the setting that the development data choose there;
+    By fine-tunes, one for each seed, of the setting that the development data choose there;
     data-free of the method's defaults. What draws nothing has a row at seed 0 only, and is a
-    choice at every seed.
+    choice at every seed. An unbiased rule in the place of a method's own makes another method.
     """
     groups: dict[tuple[str, str, str], dict[int, dict[tuple[str, str], Mapping[str, str]]]] = {}
     defaults: dict[str, str] = {}
     for row in rows.read(RESULT):
         if row["family"] != family or not _is_main(row):
             continue
+        rule = row["setting"].split(", ")[-1]
+        method = row["method"] + (f", {rule}" if rule in UNBIASED else "")
         free = row["tuned"] == "data-free"
-        if not free or defaults.setdefault(row["method"], row["setting"]) == row["setting"]:
-            group = groups.setdefault((row["method"], row["tuned"], row["finetuned"]), {})
+        if not free or defaults.setdefault(method, row["setting"]) == row["setting"]:
+            group = groups.setdefault((method, row["tuned"], row["finetuned"]), {})
             group.setdefault(int(row["seed"]), {})[row["setting"], row["density"]] = row
-    found: dict[tuple[str, str], list[float]] = {}
-    for (method, tuned, _), seeds in groups.items():
+    found: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for (method, tuned, finetuned), seeds in groups.items():
+        values = found.setdefault((method, tuned), {}).setdefault(finetuned, [])
         for settings in seeds.values():
             choices = (seeds.get(0, {}) | settings).values()
             best = max(choices, key=lambda row: float(row["development"] or 0))
-            found.setdefault((method, tuned), []).append(100 * float(best["normalised"]))
-    return dict(sorted(found.items(), key=lambda item: statistics.fmean(item[1])))
+            values.append(100 * float(best["normalised"]))
+    return dict(sorted(found.items(), key=lambda item: _mean(item[1].values())))
 
 
 def _is_main(row: Mapping[str, str]) -> bool:
@@ -368,16 +377,17 @@ def _is_main(row: Mapping[str, str]) -> bool:
 
 
 def summary(family: str) -> str:
-    """A line a method, beside the paper's."""
+    """A line a method, beside the paper's: the mean over fine-tunes and the range of all runs."""
     lines: list[dict[str, object]] = []
-    for (method, tuned), values in as_chosen(family).items():
-        paper = PAPER.get(method)
+    for (method, tuned), found in as_chosen(family).items():
+        values, paper = _flat(found), PAPER.get(method)
         lines.append(
             {
                 "method": method,
                 "tuned": tuned,
-                "normalised": f"{statistics.fmean(values):.1f}",
+                "normalised": f"{_mean(found.values()):.1f}",
                 "range": f"{min(values):.1f} to {max(values):.1f}" if len(values) > 1 else "",
+                "fine-tunes": len(found),
                 "runs": len(values),
                 "paper (ViT-B/32)": f"{100 * paper:.1f}" if paper else "",
             }
@@ -392,13 +402,13 @@ def plot(path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    found = rows.read(RESULT)
     figure, panels = pyplot.subplots(1, 5, figsize=(24, 6), layout="constrained")
     for axes, family in zip(panels, FAMILIES, strict=False):
         chosen = as_chosen(family)
         names = [f"{method} ({tuned})" for method, tuned in chosen]
-        axes.barh(names, [statistics.fmean(values) for values in chosen.values()], alpha=0.5)
-        for name, values in zip(names, chosen.values(), strict=True):
+        axes.barh(names, [_mean(found.values()) for found in chosen.values()], alpha=0.5)
+        for name, found in zip(names, chosen.values(), strict=True):
+            values = _flat(found)
             axes.plot(values, [name] * len(values), "k.", markersize=4)
         axes.set(
             title=f"{family}: by development score, or the defaults",
@@ -406,7 +416,7 @@ def plot(path: Path) -> None:
         )
     for axes, (name, paper) in zip(panels[2:], PAPER_ABLATIONS.items(), strict=True):
         ours: dict[float, list[float]] = {}
-        for row in found:
+        for row in rows.read(RESULT):
             others = {"density": "0.05", "subspaces": "8", "calibration": "1"}
             others.pop(name)
             if (

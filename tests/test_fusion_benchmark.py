@@ -34,12 +34,23 @@ def test_development_data_choose_for_each_seed_and_set_of_fine_tunes(fusion):
     add(fusion, "ties", "lambda", 0.5, "0.72", density="0.2")
     add(fusion, "ties", "lambda", 0.8, "0.60", finetuned="0.8")
     add(fusion, "task-arithmetic", "lambda", 0.55, "0.5")
-    add(fusion, "task-arithmetic", "lambda, sampled", 0.9, "0.4")
-    add(fusion, "task-arithmetic", "lambda, sampled", 0.45, "0.6", seed=1)
+    add(fusion, "task-arithmetic", "lambda, sampled", 0.45, "0.9")
+    add(fusion, "evolver", "average", 0.7, "0.5")
+    add(fusion, "evolver", "another", 0.9, "0.4")
+    add(fusion, "evolver", "another", 0.4, "0.6", seed=1)
     assert fusion.as_chosen("digits") == {
-        ("task-arithmetic", "accuracy"): pytest.approx([55, 45]),
-        ("ties", "accuracy"): pytest.approx([50, 80]),
+        ("task-arithmetic, sampled", "accuracy"): {"0.9": pytest.approx([45])},
+        ("task-arithmetic", "accuracy"): {"0.9": pytest.approx([55])},
+        ("evolver", "accuracy"): {"0.9": pytest.approx([70, 40])},
+        ("ties", "accuracy"): {"0.9": pytest.approx([50]), "0.8": pytest.approx([80])},
     }
+    line = fusion.summary("digits").split("\n")[-1].split("  ")
+    assert [cell.strip() for cell in line if cell][:4] == [
+        "ties",
+        "accuracy",
+        "65.0",
+        "50.0 to 80.0",
+    ]
 
 
 def test_without_data_it_is_the_defaults(fusion):
@@ -47,7 +58,7 @@ def test_without_data_it_is_the_defaults(fusion):
     add(fusion, "dare", "elected", 0.9)
     add(fusion, "dare", "0.4", 0.4, seed=1)
     add(fusion, "dare", "elected", 0.9, seed=2)
-    assert fusion.as_chosen("digits") == {("dare", "data-free"): pytest.approx([30, 40])}
+    assert fusion.as_chosen("digits") == {("dare", "data-free"): {"0.9": pytest.approx([30, 40])}}
 
 
 def test_ablations_are_no_choice(fusion):
@@ -55,7 +66,7 @@ def test_ablations_are_no_choice(fusion):
     add(fusion, "nps", "lambda, coefficients", 0.6, "0.5", **main)
     for other in ({"subspaces": "4"}, {"calibration": "0.25"}, {"density": "0.3"}):
         add(fusion, "nps", "lambda, coefficients", 0.9, "0.9", **main | other)
-    assert fusion.as_chosen("digits") == {("nps", "accuracy"): pytest.approx([60])}
+    assert fusion.as_chosen("digits") == {("nps", "accuracy"): {"0.9": pytest.approx([60])}}
     assert fusion.summary("digits").split("\n")[1].split()[:3] == ["nps", "accuracy", "60.0"]
 
 
