@@ -92,25 +92,22 @@ class Job:
         return Balance(*likely), accuracies
 
 
-def jobs() -> Iterator[Job]:
+def _turned() -> Job:
     turned, upright = tasks.build("turned"), tasks.build("digits")
-    yield Job(
-        "turned",
-        turned,
-        (turned.calibration, upright.calibration),
-        (tasks.batches(turned), tasks.batches(upright)),
-        False,
-    )
+    development = turned.calibration, upright.calibration
+    parts = tasks.batches(turned), tasks.batches(upright)
+    return Job("turned", turned, development, parts, False)
+
+
+def _source() -> Job:
     source = tasks.build("source")
     general = _prose(source)
     test = causal_lm.batches(source.finetuned, _read(general / "test.jsonl"))
-    yield Job(
-        "source",
-        source,
-        (source.calibration, general / "calibration.jsonl"),
-        (tasks.batches(source), test),
-        True,
-    )
+    development = source.calibration, general / "calibration.jsonl"
+    return Job("source", source, development, (tasks.batches(source), test), True)
+
+
+JOBS = {"turned": _turned, "source": _source}
 
 
 def _prose(source: tasks.Task) -> Path:
@@ -194,12 +191,11 @@ def main() -> None:
     size.add_argument("--quick", action="store_true", help="one seed (the default)")
     size.add_argument("--full", action="store_true", help="three seeds")
     parser.add_argument("--seeds", type=int, help="how many (1, with --full 3)")
-    parser.add_argument("--task", choices=("source", "turned"), help="only this one")
+    parser.add_argument("--task", action="append", choices=JOBS, help="only this one")
     arguments = parser.parse_args()
     torch.set_float32_matmul_precision("medium")  # as fusion.py, for all models alike
-    for job in jobs():
-        if arguments.task in (None, job.name):
-            measure(job, range(arguments.seeds or (3 if arguments.full else 1)))
+    for name in arguments.task or JOBS:
+        measure(JOBS[name](), range(arguments.seeds or (3 if arguments.full else 1)))
     print(f"rows in {RESULT}, pictures beside")
 
 
