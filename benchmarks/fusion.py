@@ -395,6 +395,30 @@ def summary(family: str) -> str:
     return rows.table(lines) if lines else "no rows"
 
 
+def ablation(name: str) -> dict[str, dict[float, list[float]]]:
+    """Normalised accuracies (%) of NPS on digits, by fine-tunes and by the values of a setting.
+
+    One a seed, of those seeds that have all values that the paper has.
+    """
+    others = {"density": "0.05", "subspaces": "8", "calibration": "1"}
+    others.pop(name)
+    runs: dict[tuple[str, str], dict[float, float]] = {}
+    for row in rows.read(RESULT):
+        if (
+            (row["family"], row["method"], row["tuned"]) == ("digits", "nps", METRIC)
+            and row["setting"] == "lambda, coefficients"
+            and all(row[key] == value for key, value in others.items())
+        ):
+            scores = runs.setdefault((row["finetuned"], row["seed"]), {})
+            scores[float(row[name])] = 100 * float(row["normalised"])
+    found: dict[str, dict[float, list[float]]] = {}
+    for (finetuned, _), scores in runs.items():
+        if scores.keys() >= PAPER_ABLATIONS[name].keys():
+            for value in PAPER_ABLATIONS[name]:
+                found.setdefault(finetuned, {}).setdefault(value, []).append(scores[value])
+    return found
+
+
 def plot(path: Path) -> None:
     """Left: each method as development scores choose it; right: ablations beside the paper's."""
     import matplotlib
@@ -415,19 +439,9 @@ def plot(path: Path) -> None:
             xlabel="normalised accuracy (%); dots: fine-tunes and seeds",
         )
     for axes, (name, paper) in zip(panels[2:], PAPER_ABLATIONS.items(), strict=True):
-        ours: dict[float, list[float]] = {}
-        for row in rows.read(RESULT):
-            others = {"density": "0.05", "subspaces": "8", "calibration": "1"}
-            others.pop(name)
-            if (
-                (row["family"], row["method"], row["tuned"]) == ("digits", "nps", METRIC)
-                and row["setting"] == "lambda, coefficients"
-                and all(row[key] == value for key, value in others.items())
-            ):
-                ours.setdefault(float(row[name]), []).append(100 * float(row["normalised"]))
-        xs = sorted(ours)
-        if xs:
-            axes.plot(xs, [statistics.fmean(ours[x]) for x in xs], "o-", label="digits, NPS")
+        for finetuned, scores in ablation(name).items():
+            means = [statistics.fmean(values) for values in scores.values()]
+            axes.plot(list(scores), means, "o-", label=f"digits, NPS, fine-tunes of {finetuned}")
         axes.plot(list(paper), [100 * y / 90.5 for y in paper.values()], "s--", label="the paper's")
         axes.set(title=name, xlabel=name, ylabel="normalised accuracy (%)")
         axes.legend()

@@ -72,6 +72,16 @@ def test_ablations_are_no_choice(fusion):
     assert fusion.summary("digits").split("\n")[1].split()[:3] == ["nps", "accuracy", "60.0"]
 
 
+def test_an_ablation_is_of_seeds_that_have_all_of_it(fusion):
+    base = {"density": "0.05", "subspaces": "8"}
+    for seed, most in ((0, 4), (1, 2)):
+        for number, subspaces in enumerate(("8", "1", "2", "4")[:most]):
+            more = base | {"subspaces": subspaces, "seed": seed}
+            add(fusion, "nps", "lambda, coefficients", 0.5 + number / 10, "0.5", **more)
+    assert fusion.ablation("subspaces") == {"0.9": {1: [60.0], 2: [70.0], 4: [80.0], 8: [50.0]}}
+    assert fusion.ablation("density") == fusion.ablation("calibration") == {}
+
+
 def test_rows_of_other_fine_tunes_have_a_column_of_their_own(fusion):
     add(fusion, "ties", "lambda", 0.6)
     add(fusion, "ties", "lambda", 0.4, seed=1)
