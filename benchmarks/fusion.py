@@ -441,10 +441,10 @@ def plot(path: Path) -> None:
     for axes, (name, paper) in zip(panels[2:], PAPER_ABLATIONS.items(), strict=True):
         for finetuned, scores in ablation(name).items():
             means = [statistics.fmean(values) for values in scores.values()]
-            axes.plot(list(scores), means, "o-", label=f"digits, NPS, fine-tunes of {finetuned}")
+            axes.plot(list(scores), means, "o-", label=f"NPS, digits of {finetuned}")
         axes.plot(list(paper), [100 * y / 90.5 for y in paper.values()], "s--", label="the paper's")
         axes.set(title=name, xlabel=name, ylabel="normalised accuracy (%)")
-        axes.legend()
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2, fontsize=8)
     figure.savefig(path, dpi=80)
 
 
