@@ -48,17 +48,8 @@ FAMILIES = {
 }
 EXAMPLES = {"text": 128, "digits": 256}  # development examples a task
 FIELDS = (
-    *(
-        "family",
-        "finetuned",
-        "method",
-        "setting",
-        "tuned",
-        "seed",
-        "density",
-        "subspaces",
-        "calibration",
-    ),
+    *("family", "finetuned", "method", "setting", "tuned", "seed"),
+    *("density", "subspaces", "calibration"),
     *("normalised", "spread", "accuracy", "each", "development", "scale", "evaluations"),
     *("seconds", "machine", "versions", "commit"),
 )
@@ -192,8 +183,7 @@ class Bench:
 
     def __init__(self, family: str, training: int) -> None:
         self.family = family
-        cache = tasks.CACHE / f"training-{training}" if training else tasks.CACHE
-        self._tasks = [tasks.build(name, cache, training=training) for name in FAMILIES[family]]
+        self._tasks = [tasks.build(name, training=training) for name in FAMILIES[family]]
         bases = {task.base for task in self._tasks}
         assert len(bases) == 1, bases
         finetuned = [open_checkpoint(task.finetuned) for task in self._tasks]

@@ -7,6 +7,7 @@ as packages, settings and the code that makes the data stay the same:
     <task>/finetuned             bfloat16; all weights trained in float32
     <task>/calibration.jsonl     256 examples; train.jsonl and test.jsonl share no source with it
     <task>/*.made-from           what each of these was made from, and in how many seconds
+    training-<number>/<task>     the same of other seeds
 """
 
 from __future__ import annotations
@@ -116,11 +117,12 @@ def names() -> list[str]:
     return list(SPECS)
 
 
-def build(name: str, cache: Path = CACHE, progress: bool = True, training: int = 0) -> Task:
+def build(name: str, progress: bool = True, training: int = 0) -> Task:
     """Make what the cache lacks of a task: data, base, fine-tune.
 
-    training: the same data learned with other seeds, in a cache of its own.
+    training: another number, the same data learned with other seeds, beside the first.
     """
+    cache = CACHE / f"training-{training}" if training else CACHE
     spec, folder = _reseeded((SPECS | MORE_SPECS)[name], training), cache / name
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -158,10 +160,10 @@ def build(name: str, cache: Path = CACHE, progress: bool = True, training: int =
         folder / name for name in ("labels.json", "train.jsonl", "pretraining.jsonl")
     )
     if spec.base_of:
-        base = build(spec.base_of, cache, progress, training).base
+        base = build(spec.base_of, progress, training).base
         made_from: object = _made_from(base).read_text()
     elif spec.continues:
-        base = build(spec.continues, cache, progress, training).finetuned
+        base = build(spec.continues, progress, training).finetuned
         made_from = _made_from(base).read_text()
     elif spec.pretraining is None:
         base = cache / "minilm"

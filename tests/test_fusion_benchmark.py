@@ -47,12 +47,8 @@ def test_development_data_choose_for_each_seed_and_set_of_fine_tunes(fusion):
     }
     found = [line.split("  ") for line in fusion.summary("digits").split("\n")]
     (line,) = [[cell.strip() for cell in cells if cell] for cells in found if cells[0] == "ties"]
-    assert line[:4] == [
-        "ties",
-        "accuracy",
-        "62.5",
-        "40.0 to 80.0",
-    ]  # sets of fine-tunes weigh alike
+    # Sets of fine-tunes weigh alike.
+    assert line[:4] == ["ties", "accuracy", "62.5", "40.0 to 80.0"]
 
 
 def test_without_data_it_is_the_defaults(fusion):
