@@ -94,3 +94,30 @@ def test_the_picture_is_drawn(fusion, tmp_path):
     add(fusion, "nps", "lambda, coefficients", 0.6, "0.5", **more)
     fusion.plot(tmp_path / "fusion.png")
     assert (tmp_path / "fusion.png").stat().st_size > 10_000
+
+
+def test_other_fine_tunes_are_measured_and_the_same_are_not_again(fusion, monkeypatch, capsys):
+    measured = []
+
+    class Bench:
+        """Of fine-tunes that differ by training."""
+
+        def __init__(self, family, training):
+            self.finetuned = [0.9 - training / 10]
+
+        def names(self):
+            return ["one"]
+
+        def base(self):
+            return [0.3]
+
+        def run(self, run):
+            measured.append((self.finetuned, run.method))
+            return {"normalised": "0.5", "seconds": 0}
+
+    monkeypatch.setattr(fusion, "Bench", Bench)
+    chosen = list(fusion.runs(False, range(1)))[:2]
+    for training in (0, 1, 0, 1):
+        fusion.measure("digits", chosen, training)
+    assert measured == [([finetuned], run.method) for finetuned in (0.9, 0.8) for run in chosen]
+    assert len(fusion.rows.read(fusion.RESULT)) == 2 * (1 + 2)  # the base has a row
